@@ -1,0 +1,1 @@
+"""The mathematics and contracts that every stage, notebook and benchmark shares."""
