@@ -18,7 +18,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         path: File to create or replace; missing parent folders are made.
 
     Raises:
-        ValueError: The folder cannot be written or the disk is full. The old file stays, nothing is left behind.
+        ValueError: The folder cannot be written or the disk is full. The old file stays.
     """
     path = Path(path)
     temporary = None

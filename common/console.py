@@ -1,0 +1,119 @@
+"""What people see in the terminal: one command-line entry, progress, tables."""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LINE_INTERVAL_SECONDS = 15.0
+
+console = Console()
+
+
+def cli(main: Callable[[Any], None], *, arguments: Any = None) -> None:
+    """Runs a script: parses the command line, calls `main`, ends a user's mistake with one line and status 1.
+
+    Args:
+        main: Takes one frozen dataclass of arguments.
+        arguments: What tyro should parse, where it is more than the annotation of `main`'s argument
+            (one subcommand a model, say).
+    """
+    import tyro  # only command lines need it, the notebook does not have it
+
+    kind = arguments if arguments is not None else next(iter(main.__annotations__.values()))
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        main(tyro.cli(kind))
+    except ValueError as error:
+        who = f" (process {rank})" if rank else ""
+        print(f"error{who}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: start the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+
+
+def say(text: str) -> None:
+    """Prints one line, from the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Prints a table, from the first process only; columns after the first are right-aligned."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*("-" if value is None else str(value) for value in row))
+    console.print(table)
+
+
+@contextmanager
+def progress(description: str, total: int, unit: str, *, start: int = 0) -> Iterator[Callable[..., None]]:
+    """Shows how far long work is: a bar with rate and time left, or a line an interval where nobody watches.
+
+    Args:
+        description: What is being done.
+        total: Number of units in the whole work.
+        unit: What is counted, in the plural ("steps").
+        start: Units done before this process began (resumed work), not part of the rate.
+
+    Yields:
+        `advance(n, note="")`: n more units are done; `note` is shown at the end of the line.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield lambda n, note="": None
+    elif console.is_terminal:
+        yield from _bar(description, total, unit, start)
+    else:
+        yield from _lines(description, total, unit, start)
+
+
+def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Callable[..., None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit} {{task.fields[rate]}}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    began = time.monotonic()
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(description, total=total, completed=start, note="", rate="")
+        done = 0
+
+        def advance(n: int, note: str = "") -> None:
+            nonlocal done
+            done += n
+            rate = done / max(time.monotonic() - began, 1e-9)
+            bar.update(task, advance=n, note=note, rate=f"{rate:,.1f}/s")
+
+        yield advance
+
+
+def _lines(description: str, total: int, unit: str, start: int) -> Iterator[Callable[..., None]]:
+    began = last = time.monotonic()
+    done = 0
+
+    def advance(n: int, note: str = "") -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= LINE_INTERVAL_SECONDS or start + done >= total:
+            last = now
+            rate = done / max(now - began, 1e-9)
+            left = (total - start - done) / max(rate, 1e-9)
+            line = f"{description}: {start + done:,}/{total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left"
+            print(f"{line}, {note}" if note else line, flush=True)
+
+    yield advance

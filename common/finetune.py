@@ -1,0 +1,278 @@
+"""What stages 1, 2 and 3 have in common: tokenise, describe, load, fit, score the held-out fold, save."""
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import polars as pl
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoTokenizer
+
+from common.console import say, show_table
+from common.files import read_json, replacing
+from common.fit import fit, plan_steps
+from common.inputs import checkpoint_hash
+from common.launch import is_fsdp, place, start
+from common.metrics import prior_log_loss, score
+from common.models import load_model, save_checkpoint
+from common.models.checkpoint import find_checkpoint
+from common.pairs import LABELS, content_hashes, labels_array, table_hash
+from common.predict import predict_orders
+from common.prompts import INSTRUCTION, Prompter
+from common.recipe import Execution, Recipe
+from common.runs import Run
+from common.token_cache import Sequences, orders_of, tokenise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One fine-tuning run, decided by a stage."""
+
+    stage: str
+    model: str
+    """Short name."""
+    checkpoint: str
+    """Where the weights come from: folder, hub id or short name."""
+    output: Path
+    recipe: Recipe
+    table: Recipe
+    """The recipe table's entry, for showing what differs."""
+    train: pl.DataFrame
+    """Labelled comparisons."""
+    held_out: pl.DataFrame | None = None
+    """Labelled comparisons to score on; None where all were trained on."""
+    instruction: str = INSTRUCTION
+
+
+def finetune(task: Task, execution: Execution) -> dict[str, object]:
+    """Trains, scores and saves one model; continues a started run, or says that it is up to date.
+
+    Returns:
+        Metrics on the held-out comparisons (empty without them, or after a dry run).
+
+    Raises:
+        ValueError: A mistake in recipe, data, checkpoint or launch.
+    """
+    recipe = task.recipe
+    accelerator = start(
+        tracker="none" if execution.dry_run else execution.tracker, tracker_folder=task.output / "logs"
+    )
+    parent = find_checkpoint(task.checkpoint)
+    prompter = Prompter(
+        AutoTokenizer.from_pretrained(parent),
+        conversation_tokens=recipe.conversation_tokens,
+        instruction=task.instruction,
+    )
+    parent_preference = _parent_preference(parent, prompter)
+    run, lineage = _open_run(task, parent, prompter, accelerator)
+    if run.is_complete and not execution.dry_run:
+        say(f"{task.output} is up to date")
+        return run.metrics
+
+    sequences = _tokenise(task.train, prompter, task, execution, accelerator)
+    _describe(task, sequences, accelerator)
+    if execution.dry_run:
+        return {}
+    if accelerator.device.type == "cpu" and not (execution.allow_cpu or task.model.startswith("tiny-")):
+        raise ValueError(
+            f"{task.model} would train on a CPU; launch it on GPUs (just {task.stage} {task.model}), take a "
+            "tiny-* model, or say --allow-cpu"
+        )
+    trained_on = _trained_on(task.train, parent)
+    if accelerator.is_main_process:
+        run.begin()
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tracker")
+    model = _load(task, execution, accelerator)
+    fit(model, sequences, recipe=recipe, execution=execution, run=run, accelerator=accelerator)
+    metrics = {}
+    if task.held_out is not None:
+        held_out = _unseen(task.held_out, trained_on)
+        metrics = _score(model, held_out, prompter, task, execution, accelerator)
+    weights = full_state_dict(model)
+    if accelerator.is_main_process:
+        with replacing(task.output / "trained_on.parquet") as temporary:
+            trained_on.to_frame().write_parquet(temporary)
+        save_checkpoint(
+            task.output,
+            model=model,
+            state_dict=weights,
+            tokenizer=prompter.tokenizer,
+            preference={
+                "stage": task.stage,
+                "model": task.model,
+                "formats": list(recipe.formats),
+                "prompt": prompter.describe(),
+                "recipe": asdict(recipe),
+                "metrics": metrics,
+                "lineage": {**lineage, "parent_stage": (parent_preference or {}).get("stage")},
+                "versions": {name: version(name) for name in ("torch", "transformers", "torch-optimi")},
+            },
+        )
+        run.finish(metrics)
+        say(f"{task.output} is complete")
+    accelerator.end_training()
+    return metrics
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU of the first process; the others get an empty dict under FSDP."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _parent_preference(parent: Path, prompter: Prompter) -> dict | None:
+    """preference.json of a checkpoint that a stage continues; its template and tokenizer must be ours."""
+    path = parent / "preference.json"
+    if not path.is_file():
+        return None
+    preference = read_json(path)
+    theirs = preference["prompt"]["template_hash"]
+    if theirs != prompter.template_hash:
+        raise ValueError(
+            f"{parent} was trained with template and tokenizer {theirs[:12]}, here they are "
+            f"{prompter.template_hash[:12]}: continue with the code and tokenizer that it was trained with"
+        )
+    return preference
+
+
+def _open_run(
+    task: Task, parent: Path, prompter: Prompter, accelerator: Accelerator
+) -> tuple[Run, dict[str, object]]:
+    """The run folder and its lineage: hashes of everything that goes in."""
+    inputs: list[dict[str, object]] = [{}]
+    if accelerator.is_main_process:
+        inputs[0] = {
+            "checkpoint": checkpoint_hash(parent),
+            "train": table_hash(task.train),
+            "held_out": None if task.held_out is None else table_hash(task.held_out),
+            "prompt": prompter.prompt_hash,
+        }
+    broadcast_object_list(inputs)
+    recipe = {"stage": task.stage, "model": task.model, **asdict(task.recipe)}
+    return Run.open(task.output, recipe=recipe, inputs=inputs[0]), {**inputs[0], "parent": task.checkpoint}
+
+
+def _tokenise(
+    frame: pl.DataFrame,
+    prompter: Prompter,
+    task: Task,
+    execution: Execution,
+    accelerator: Accelerator,
+    **variants: object,
+) -> Sequences:
+    recipe = task.recipe
+    settings = {"formats": recipe.formats, "orders": orders_of(recipe.swap), "seed": recipe.seed, **variants}
+    return tokenise(
+        frame,
+        prompter,
+        cache=execution.artifacts / "tokens",
+        is_writer=accelerator.is_main_process,
+        wait=accelerator.wait_for_everyone,
+        **settings,
+    )
+
+
+def _describe(task: Task, sequences: Sequences, accelerator: Accelerator) -> None:
+    """Prints the resolved recipe, what differs from the table, and what it amounts to."""
+    changed = task.recipe.changed_from(task.table)
+    show_table(
+        f"{task.stage} {task.model} <- {task.checkpoint}",
+        ("recipe", "value", "table"),
+        [
+            (name, value, changed[name][0] if name in changed else "")
+            for name, value in asdict(task.recipe).items()
+        ],
+    )
+    num_steps = len(plan_steps(len(sequences.frame), task.recipe))
+    lengths = sequences.lengths
+    rows = [
+        ("comparisons", f"{len(sequences.frame):,}"),
+        ("sequences (formats x orders)", f"{len(sequences):,}"),
+        ("optimiser steps", f"{num_steps:,}"),
+        ("processes", accelerator.num_processes),
+        ("tokens an epoch", f"{int(lengths.sum()):,}"),
+        ("tokens a sequence: mean, longest", f"{lengths.mean():,.0f}, {lengths.max():,}"),
+        ("truncated sequences", f"{int(sequences.truncated.sum()):,}"),
+        ("pairs that became identical", f"{int(sequences.became_identical.sum()):,}"),
+    ]
+    show_table("what this amounts to", ("", "number"), rows)
+
+
+def _trained_on(train: pl.DataFrame, parent: Path) -> pl.Series:
+    """Content hashes of everything that this model or an ancestor was trained on."""
+    hashes = content_hashes(train)
+    path = parent / "trained_on.parquet"
+    if path.is_file():
+        hashes = pl.concat([hashes, pl.read_parquet(path).to_series()], rechunk=True)
+    return hashes.unique().sort().alias("content_hash")
+
+
+def _unseen(held_out: pl.DataFrame, trained_on: pl.Series) -> pl.DataFrame:
+    """Held-out rows that no ancestor was trained on; the others are counted."""
+    seen = content_hashes(held_out).is_in(trained_on.implode())
+    if seen.any():
+        say(f"{seen.sum()} held-out rows were trained on by an ancestor and are not scored")
+    return held_out.filter(~seen)
+
+
+def _load(task: Task, execution: Execution, accelerator: Accelerator) -> nn.Module:
+    """Weights on the first process (everywhere without FSDP), then placed; prints the surgery."""
+    recipe = task.recipe
+    sharded = is_fsdp(accelerator)
+    model = load_model(
+        task.checkpoint,
+        dtype=recipe.torch_dtype,
+        device="cpu" if sharded else accelerator.device,
+        ops=execution.ops,
+        sliding_window=None if recipe.sliding_window == "off" else "checkpoint",
+        head_seed=recipe.seed,
+        head_dropout=recipe.head_dropout,
+        activation_checkpointing=recipe.activation_checkpointing,
+        materialise=accelerator.is_main_process or not sharded,
+    )
+    if accelerator.is_main_process:
+        say(str(model.surgery))
+    return place(model, accelerator, reduce_dtype=torch.float32 if recipe.reduce_dtype == "fp32" else None)
+
+
+def _score(
+    model: nn.Module,
+    held_out: pl.DataFrame,
+    prompter: Prompter,
+    task: Task,
+    execution: Execution,
+    accelerator: Accelerator,
+) -> dict[str, object]:
+    """Scores the held-out comparisons in the given order and saves the probabilities."""
+    sequences = _tokenise(
+        held_out, prompter, task, execution, accelerator, formats=(task.recipe.formats[0],), orders=("given",)
+    )
+    given = predict_orders(
+        model,
+        sequences,
+        max_tokens=task.recipe.max_tokens_per_micro_batch,
+        device=accelerator.device,
+        description="scoring the held-out fold",
+    )["given"]
+    labels = labels_array(sequences.frame)
+    metrics = {
+        **score(given, labels),
+        "prior_log_loss": prior_log_loss(labels_array(task.train), labels),
+    }
+    if accelerator.is_main_process:
+        columns = {name: given[:, i] for i, name in enumerate(LABELS)}
+        with replacing(task.output / "held_out.parquet") as temporary:
+            sequences.frame.select("source", "id").with_columns(
+                pl.Series(name, values) for name, values in columns.items()
+            ).write_parquet(temporary)
+        low, high = metrics["log_loss_interval"]
+        say(
+            f"{task.stage} {task.model}: log loss {metrics['log_loss']:.4f} ({low:.4f} to {high:.4f}) on "
+            f"{metrics['num_comparisons']:,} held-out comparisons, accuracy {metrics['accuracy']:.3f}, "
+            f"prior {metrics['prior_log_loss']:.4f}"
+        )
+    return metrics

@@ -1,0 +1,254 @@
+"""A checkpoint folder becomes a model, and a model a checkpoint folder.
+
+config.json (of the published backbone), model*.safetensors, the tokenizer's files and, in folders of our own,
+preference.json: what the head means and how the backbone runs. It is written last: it makes the folder whole.
+"""
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import Gemma2Config, LlamaConfig
+
+from common.files import read_json, replacing, write_json
+from common.models.gemma2 import gemma2_backbone
+from common.models.head import PreferenceHead, head_hash, initial_head
+from common.models.llama import llama_backbone
+from common.models.preference import PreferenceModel
+from common.models.weights import read_weights, write_weights
+from common.models.zoo import find_checkpoint
+from common.ops import check_backend
+
+CONFIGS = {"gemma2": Gemma2Config, "llama": LlamaConfig}
+POLICY = ("sliding_window", "softcap", "embedding_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surgery:
+    """What loading did to the checkpoint's tensors, by name."""
+
+    taken: tuple[str, ...] = ()
+    """Read from the files."""
+    dropped: tuple[str, ...] = ()
+    """In the files, without use here."""
+    initialised: tuple[str, ...] = ()
+    """Not in the files, newly drawn."""
+    head_hash: str | None = None
+    """sha256 of the head's float32 bytes, before any cast; None when nothing was read."""
+
+    def __str__(self) -> str:
+        if self.head_hash is None:
+            return "nothing read: the model waits on the meta device"
+        parts = [f"{len(self.taken)} tensors taken"]
+        for what, names in (("dropped", self.dropped), ("newly initialised", self.initialised)):
+            listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            parts.append(f"{len(names)} {what}" + (f" ({listed})" if names else ""))
+        return "; ".join([*parts, f"head {self.head_hash[:12]}"])
+
+
+def load_model(
+    path_or_short_name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    ops: str = "auto",
+    sliding_window: int | Literal["checkpoint"] | None = "checkpoint",
+    softcap: float | Literal["checkpoint"] | None = "checkpoint",
+    num_classes: int = 3,
+    head_seed: int = 3,
+    head_dropout: float = 0.1,
+    activation_checkpointing: bool = False,
+    materialise: bool = True,
+) -> PreferenceModel:
+    """Loads a published backbone (with a newly drawn head) or one of our own checkpoints, in evaluation mode.
+
+    Args:
+        path_or_short_name: Folder, short name of the zoo, or hub id OWNER/NAME.
+        dtype: Of all parameters, whatever the files hold.
+        device: Of all parameters.
+        ops: Backend of the ops: "auto" or a name.
+        sliding_window: Visible keys in the layers that have a window, None for all; "checkpoint": as
+            preference.json says, or else config.json.
+        softcap: Cap of the attention scores, None for off; "checkpoint" as above.
+        num_classes: C of a newly drawn head; a saved head has its own.
+        head_seed: Seed of a newly drawn head.
+        head_dropout: Probability, in training mode.
+        activation_checkpointing: Recompute each decoder layer in the backward pass, in training mode.
+        materialise: False: nothing but the config is read and the parameters stay on the meta device, for
+            ranks that receive them from another.
+
+    Returns:
+        The model; `surgery`, `hf_config`, `preference`, `sliding_window`, `softcap`, `embedding_scale` and
+        `num_classes` say what it is.
+
+    Raises:
+        ValueError: No such checkpoint or backend; an unsupported architecture or setting; a file that is
+            missing, truncated or half-written; a tensor that is missing, unexpected, misshapen or not finite.
+    """
+    check_backend(ops)
+    folder = find_checkpoint(path_or_short_name, config_only=not materialise)
+    config = read_config(folder)
+    preference = _read_preference(folder)
+    policy = _policy(config, preference, dtype, {"sliding_window": sliding_window, "softcap": softcap})
+    num_classes = num_classes if preference is None else preference["num_classes"]
+    with torch.device("meta"):
+        model = PreferenceModel(
+            model=_backbone(config, policy, activation_checkpointing=activation_checkpointing, ops=ops),
+            head=PreferenceHead(
+                hidden_size=config.hidden_size, num_classes=num_classes, dropout=head_dropout
+            ),
+            sliding_window=policy["sliding_window"],
+            softcap=policy["softcap"],
+        )
+    model.hf_config, model.preference = config, preference
+    model.to(dtype).eval()
+    model.surgery = _fill(model, folder, dtype, device, head_seed) if materialise else Surgery()
+    return model
+
+
+def read_config(folder: Path) -> Gemma2Config | LlamaConfig:
+    """Reads config.json.
+
+    Raises:
+        ValueError: It is absent, broken, or of an architecture that is not supported.
+    """
+    fields = read_json(folder / "config.json")
+    model_type = fields.get("model_type")
+    if model_type not in CONFIGS:
+        raise ValueError(
+            f"{folder / 'config.json'} has model_type {model_type!r}; supported are {', '.join(CONFIGS)}"
+        )
+    try:
+        return CONFIGS[model_type].from_pretrained(folder)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{folder / 'config.json'} is not a valid {model_type} config: {error}") from error
+
+
+def _read_preference(folder: Path) -> dict | None:
+    path = folder / "preference.json"
+    if not path.exists():
+        return None
+    preference = read_json(path)
+    absent = [key for key in (*POLICY, "num_classes", "head_hash") if key not in preference]
+    if absent:
+        raise ValueError(f"{path} lacks {', '.join(absent)}; save the checkpoint again")
+    return preference
+
+
+def _policy(
+    config: Any, preference: dict | None, dtype: torch.dtype, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """Window, softcap, embedding scale: what was asked for, or else preference.json, or else config.json."""
+    asked = {name: value for name, value in asked.items() if value != "checkpoint"}
+    for name, value in asked.items():
+        if value is not None and config.model_type == "llama":
+            raise ValueError(f"{name} = {value} was asked for, but a llama checkpoint has none; leave it out")
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} = {value} must be positive; None switches it off")
+    if preference is not None:
+        return {name: preference[name] for name in POLICY} | asked
+    if config.model_type == "llama":
+        return {"sliding_window": None, "softcap": None, "embedding_scale": 1.0}
+    return {
+        "sliding_window": config.sliding_window,
+        "softcap": config.attn_logit_softcapping,
+        # Gemma multiplies by sqrt(D) in the dtype of its weights: 59.75 in bf16 for D = 3584, 59.875 in fp16.
+        "embedding_scale": torch.tensor(config.hidden_size**0.5, dtype=dtype).item(),
+    } | asked
+
+
+def _backbone(config: Any, policy: dict[str, Any], *, activation_checkpointing: bool, ops: str):
+    if config.model_type == "llama":
+        return llama_backbone(config, activation_checkpointing=activation_checkpointing, ops=ops)
+    return gemma2_backbone(config, **policy, activation_checkpointing=activation_checkpointing, ops=ops)
+
+
+def _fill(
+    model: PreferenceModel, folder: Path, dtype: torch.dtype, device: torch.device | str, head_seed: int
+) -> Surgery:
+    """Gives every parameter its value: from the files, and a newly drawn head where they hold none."""
+    head = {}
+    if model.preference is None:
+        head = initial_head(
+            hidden_size=model.hf_config.hidden_size, num_classes=model.num_classes, seed=head_seed
+        )
+    expected = {name: value for name, value in model.named_parameters() if name not in head}
+    tensors, dropped, stored_head = read_weights(folder, expected, dtype=dtype, device=device)
+    found_hash = head_hash(head or stored_head)
+    if model.preference is not None and found_hash != model.preference["head_hash"]:
+        raise ValueError(
+            f"{folder}: the head's weights hash to {found_hash}, preference.json says "
+            f"{model.preference['head_hash']}; the files do not belong together: save the checkpoint again"
+        )
+    initial = {name: value.to(device, dtype) for name, value in head.items()}
+    model.load_state_dict(tensors | initial, strict=True, assign=True)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    return Surgery(
+        taken=tuple(sorted(tensors)), dropped=tuple(dropped), initialised=tuple(head), head_hash=found_hash
+    )
+
+
+def save_checkpoint(
+    folder: Path | str,
+    *,
+    model: PreferenceModel,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    tokenizer: Any,
+    preference: dict,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a checkpoint folder that `load_model` reads back bit for bit.
+
+    Other files of the folder stay. Each file is replaced atomically; preference.json goes first and comes
+    back last, so that an interrupted save is an error to load and never a mixture of two checkpoints.
+
+    Args:
+        folder: Made when absent.
+        model: The unwrapped model.
+        state_dict: Full tensors to save in place of the model's own, as gathered under FSDP.
+        tokenizer: transformers tokenizer.
+        preference: Further content of preference.json; `classes`, if it is there, names the classes in order.
+            `sliding_window`, `softcap`, `embedding_scale`, `num_classes` and `head_hash` are the model's.
+        max_shard_bytes: Most bytes per weight file.
+
+    Raises:
+        ValueError: The folder cannot be written, the disk is full, or `preference` does not fit the model.
+    """
+    folder = Path(folder)
+    tensors = model.state_dict() if state_dict is None else state_dict
+    assert set(tensors) == set(model.state_dict()), "state_dict holds the names of another model"
+    classes = preference.get("classes")
+    if classes is not None and len(classes) != model.num_classes:
+        raise ValueError(f"{len(classes)} class names {classes} for a head of {model.num_classes} classes")
+    content = preference | {name: getattr(model, name) for name in (*POLICY, "num_classes")}
+    content["head_hash"] = head_hash(tensors)
+    json.dumps(content, allow_nan=False)  # what JSON cannot hold is refused before anything is touched
+    try:
+        (folder / "preference.json").unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_config_and_tokenizer(folder, model.hf_config, tokenizer, next(iter(tensors.values())).dtype)
+        write_weights(folder, tensors, max_shard_bytes=max_shard_bytes)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the checkpoint {folder}: {error.strerror or error}. "
+            "Free some space or choose a folder that you may write to."
+        ) from error
+    write_json(folder / "preference.json", content)
+
+
+def _write_config_and_tokenizer(folder: Path, config: Any, tokenizer: Any, dtype: torch.dtype) -> None:
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary_folder:
+        config.save_pretrained(temporary_folder)
+        tokenizer.save_pretrained(temporary_folder)
+        for file in sorted(path for path in Path(temporary_folder).rglob("*") if path.is_file()):
+            with replacing(folder / file.relative_to(temporary_folder)) as temporary:
+                shutil.copyfile(file, temporary)

@@ -1,0 +1,75 @@
+"""The known checkpoints: short name -> where it lies and its architecture; and how any other is found."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+
+class Checkpoint(NamedTuple):
+    """One line of the zoo."""
+
+    source: str
+    """Hub id (OWNER/NAME) or folder."""
+    family: str
+    """`model_type` of its config.json."""
+
+
+ZOO = {
+    "gemma9b": Checkpoint("google/gemma-2-9b-it", "gemma2"),
+    "gemma27b": Checkpoint("google/gemma-2-27b-it", "gemma2"),
+    "armorm8b": Checkpoint("RLHFlow/ArmoRM-Llama3-8B-v0.1", "llama"),
+    "tiny-gemma": Checkpoint("artifacts/demo/models/tiny-gemma", "gemma2"),  # made by data_prep/demo_arena.py
+    "tiny-llama": Checkpoint("artifacts/demo/models/tiny-llama", "llama"),
+}
+
+_CONFIG_FILES = ["config.json", "preference.json"]
+_CHECKPOINT_FILES = [
+    *_CONFIG_FILES,
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+]
+
+
+def find_checkpoint(path_or_short_name: str | Path, *, config_only: bool = False) -> Path:
+    """The local folder of a checkpoint, downloaded when it stands on the hub.
+
+    Args:
+        path_or_short_name: An existing folder (which wins), a short name of `ZOO`, or a hub id OWNER/NAME.
+        config_only: Download the config alone.
+
+    Raises:
+        ValueError: Nothing of that name, or the download failed.
+    """
+    name = str(path_or_short_name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    source = ZOO[name].source if name in ZOO else name
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith("artifacts/"):
+        raise ValueError(
+            f"{name}: the folder {source} does not exist under {Path.cwd()}; "
+            "the demo's checkpoints are made by data_prep/demo_arena.py, trained ones by the stages"
+        )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        raise ValueError(
+            f"no checkpoint {name!r}: not a folder, not a hub id OWNER/NAME and not a known short name "
+            f"({', '.join(ZOO)})"
+        )
+    try:
+        return Path(
+            snapshot_download(source, allow_patterns=_CONFIG_FILES if config_only else _CHECKPOINT_FILES)
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise ValueError(
+            f"{name}: no such folder, and {source} could not be fetched from the Hugging Face hub: {error}\n"
+            "If the model is gated, accept its licence on its page and run `hf auth login`; without network, "
+            f"give the path of a local copy. Known short names: {', '.join(ZOO)}."
+        ) from error

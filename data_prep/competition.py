@@ -1,0 +1,318 @@
+"""The competition's CSV (train.csv, test.csv, the 21k votes of the same form) -> comparisons with folds.
+
+In    data/train.csv as published: UTF-8, every text column a JSON list with one string or null a turn
+Out   artifacts/data/arena55k.parquet (`common.pairs.SCHEMA`); with --skip-bad-rows also arena55k.rejected.csv
+Run   python data_prep/competition.py          (57,477 rows: under a minute, under 2 GB)
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from common.console import cli, say
+from common.files import file_hash
+from common.pairs import (
+    LABELS,
+    REJECTED_SCHEMA,
+    SCHEMA,
+    TEXTS,
+    ReadReport,
+    check_rows,
+    is_labelled,
+    labels_array,
+    read_comparisons,
+    table_hash,
+    write_comparisons,
+    write_rejected,
+)
+
+SOURCE = "arena55k"
+REQUIRED = ("id", *TEXTS)
+OPTIONAL = ("model_a", "model_b", *LABELS)
+MAX_FIELD_CHARACTERS = 2**30
+MAX_FOLDS = 127
+"""Folds are int8."""
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """The competition's CSV into a comparison table."""
+
+    input: Path = Path("data/train.csv")
+    """CSV with id, prompt, response_a, response_b; train.csv also has the models and the votes."""
+    output: Path = Path("artifacts/data/arena55k.parquet")
+    """Comparison Parquet to write."""
+    source: str = SOURCE
+    """Name of the data set; (source, id) names a comparison."""
+    folds: int = 5
+    """Number of folds, grouped by prompt and stratified by vote; 0: none."""
+    skip_bad_rows: bool = False
+    """Leave bad rows out and list them in <output>.rejected.csv, instead of stopping."""
+    overwrite: bool = False
+    """Replace an output that holds something else."""
+
+    def __post_init__(self) -> None:
+        if self.folds == 1 or not 0 <= self.folds <= MAX_FOLDS:
+            raise ValueError(f"--folds is {self.folds}; expected 0 (no folds) or 2 to {MAX_FOLDS}")
+        if not self.source:
+            raise ValueError("--source is empty; expected a name such as " + SOURCE)
+        if self.output.suffix != ".parquet":
+            raise ValueError(f"--output is {self.output}; expected a name that ends in .parquet")
+
+
+class BadRowError(ValueError):
+    """A row that cannot become a comparison: (reason, detail)."""
+
+
+def main(args: Args) -> None:
+    frame, report = read_competition_csv(args.input, source=args.source, skip_bad_rows=args.skip_bad_rows)
+    made_of = {"input_sha256": file_hash(args.input), "source": args.source, "folds": "0"}
+    if args.folds and frame.select(is_labelled().any()).item():
+        frame = with_folds(frame, num_folds=args.folds)
+        made_of |= {"folds": str(args.folds), "scikit_learn": version("scikit-learn")}
+    say(str(report))
+    rejected_path = args.output.with_suffix(".rejected.csv")
+    is_new = args.overwrite or not is_up_to_date(frame, args.output, made_of)
+    if len(report.rejected):
+        write_rejected(report, rejected_path)
+        say(f"the rejected rows are listed in {rejected_path}")
+    if is_new:
+        write_comparisons(frame, args.output, metadata=made_of)
+    sizes = frame["fold"].drop_nulls().value_counts().sort("fold")["count"].to_list()
+    folds = f"folds of {', '.join(map(str, sizes))}" if sizes else "no folds"
+    say(f"{args.output}: {len(frame):,} comparisons, {folds}{'' if is_new else '; up to date'}")
+
+
+def read_competition_csv(
+    path: Path | str, *, source: str = SOURCE, skip_bad_rows: bool = False
+) -> tuple[pl.DataFrame, ReadReport]:
+    """Reads a CSV in the competition's form, strictly.
+
+    Args:
+        path: UTF-8 CSV with `id`, `prompt`, `response_a`, `response_b`; `model_a`, `model_b` and the three
+            winner columns if it has them. Without them, and in rows where they are empty, they are null.
+        source: Value of the column `source`.
+        skip_bad_rows: Leave bad rows out, listed in the report, instead of failing.
+
+    Returns:
+        Comparisons (`SCHEMA`, fold null, in file order) and the report; its rows are lines of the file.
+
+    Raises:
+        ValueError: The file is absent, empty, not UTF-8, cut off, or has other columns; a row is bad
+            (malformed JSON, unequal turn counts, labels that do not sum to 1, a repeated id; ten are listed).
+    """
+    path = Path(path)
+    columns: dict[str, list] = {name: [] for name in SCHEMA}
+    lines, unreadable = [], []
+    num_repaired = 0
+    rows = _read_rows(path)
+    _, header = next(rows, (1, []))
+    _check_header(header, path)
+    for line, cells in rows:
+        try:
+            row, is_repaired = _parse_row(header, cells)
+        except BadRowError as bad:
+            key = cells[header.index("id")] if len(cells) > header.index("id") else None
+            unreadable.append((str(path), line, key, *bad.args))
+            continue
+        for name, values in columns.items():
+            values.append(source if name == "source" else row.get(name))
+        lines.append(line)
+        num_repaired += is_repaired
+    ignored = [name for name in header if name not in REQUIRED + OPTIONAL]
+    notes = {"with a lone surrogate replaced by U+FFFD": num_repaired} if num_repaired else {}
+    notes |= (
+        {f"column{'s' * (len(ignored) > 1)} not used: {', '.join(ignored)}": len(ignored)} if ignored else {}
+    )
+    return check_rows(
+        pl.DataFrame(columns, schema=SCHEMA),
+        pl.DataFrame({"file": str(path), "row": lines}, schema_overrides={"row": pl.Int64}),
+        paths=(path,),
+        row_unit="line",
+        unreadable=pl.DataFrame(unreadable, schema=REJECTED_SCHEMA, orient="row"),
+        notes=notes,
+        skip_bad_rows=skip_bad_rows,
+    )
+
+
+def with_folds(frame: pl.DataFrame, *, num_folds: int) -> pl.DataFrame:
+    """Assigns every labelled comparison to a validation fold; unlabelled ones get none.
+
+    A prompt is in one fold only, and all folds have about the same share of each vote. The assignment does
+    not depend on the order of the rows, but it does on the version of scikit-learn: record it.
+
+    Args:
+        frame: Comparisons (`SCHEMA`).
+        num_folds: 2 or more.
+
+    Returns:
+        The frame with `fold` from 0 to num_folds - 1.
+
+    Raises:
+        ValueError: Too few prompts or votes of a kind for so many folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold  # only folds need it, reading does not
+
+    votes = frame.filter(is_labelled()).select("source", "id", "prompt", *LABELS).sort("source", "id")
+    numbers: dict[tuple, int] = {}
+    prompts = [numbers.setdefault(tuple(prompt), len(numbers)) for prompt in votes["prompt"].to_list()]
+    winners = labels_array(votes).argmax(axis=1)
+    rarest = min(count for count in np.bincount(winners, minlength=3) if count) if len(votes) else 0
+    way_out = "pass a smaller --folds, or 0 for none"
+    if min(len(numbers), rarest) < num_folds:
+        raise ValueError(
+            f"{len(votes):,} labelled comparisons of {len(numbers):,} different prompts, the rarest vote "
+            f"{rarest} times, are too few for {num_folds} folds; {way_out}"
+        )
+    folds = np.zeros(len(votes), dtype=np.int8)
+    splitter = StratifiedGroupKFold(num_folds, shuffle=True, random_state=0)
+    for i, (_, held_out) in enumerate(splitter.split(winners, winners, prompts)):
+        folds[held_out] = i
+    if len(np.unique(folds)) < num_folds:
+        raise ValueError(f"{num_folds} folds of {len(numbers):,} prompts leave one empty; {way_out}")
+    assigned = votes.select("source", "id", pl.Series("fold", folds))
+    joined = frame.drop("fold").join(assigned, on=["source", "id"], how="left", maintain_order="left")
+    return joined.select(frame.columns)
+
+
+def is_up_to_date(frame: pl.DataFrame, output: Path, made_of: dict[str, str]) -> bool:
+    """True if `output` holds these comparisons, False if it is not there.
+
+    Args:
+        frame: What would be written.
+        output: Comparison Parquet, or nothing yet.
+        made_of: What `frame` was made from, to name what differs.
+
+    Raises:
+        ValueError: The output holds something else.
+    """
+    if not output.exists():
+        return False
+    way_out = "pass --overwrite to replace it, or another --output"
+    try:
+        found, _ = read_comparisons(output)
+    except ValueError as error:
+        raise ValueError(f"{output} is there but is no comparison table ({error}); {way_out}") from error
+    if table_hash(found) == table_hash(frame):
+        return True
+    before = pl.read_parquet_metadata(output)
+    changes = [
+        f"{name} was {before.get(name, 'absent')}, is {made_of.get(name, 'absent')}"
+        for name in ("input_sha256", "source", "folds", "scikit_learn")
+        if before.get(name) != made_of.get(name)
+    ]
+    raise ValueError(
+        f"{output} holds {len(found):,} other comparisons or folds than the {len(frame):,} to write "
+        f"({'; '.join(changes) or 'no recorded field differs'}); {way_out}"
+    )
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """(first line, cells) of each row that is not blank, the header too."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path} {'is not a file' if path.exists() else 'does not exist'}; "
+            "expected the competition's CSV: put it there, or name it with --input"
+        )
+    line = 1
+    limit = csv.field_size_limit(MAX_FIELD_CHARACTERS)  # the default stops at 131,072 characters a cell
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            for cells in reader:
+                if cells:
+                    yield line, cells
+                line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {_find_undecodable(path)}; save it again as UTF-8") from error
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} line {line}: the row that begins here is broken ({error}): a quote does not close, "
+            "or something follows a closing quote. Is the file cut off? Get it again."
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _find_undecodable(path: Path) -> str:
+    """Where the first byte is that is not UTF-8 (a stream's error counts from its last chunk only)."""
+    data = path.read_bytes()
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        return f"byte 0x{data[error.start]:02x} at offset {error.start:,} (line {line:,}), {error.reason}"
+    raise AssertionError(f"{path} changed while it was read")
+
+
+def _check_header(header: Sequence[str], path: Path) -> None:
+    if not header:
+        raise ValueError(f"{path} is empty; expected a CSV with the columns {', '.join(REQUIRED)}")
+    repeated = sorted({name for name in header if header.count(name) > 1})
+    if repeated:
+        raise ValueError(
+            f"{path}: the header has {', '.join(repeated)} more than once; found {', '.join(header)}"
+        )
+    given = [name for name in LABELS if name in header]
+    missing = [name for name in (*REQUIRED, *(LABELS if given else ())) if name not in header]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
+            f"found {', '.join(header)}; expected {', '.join(REQUIRED)}, and {', '.join(LABELS)} if voted on"
+        )
+
+
+def _parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[dict, bool]:
+    """(values by column, was a lone surrogate replaced)."""
+    if len(cells) != len(header):
+        hint = "; is the file cut off here?" if len(cells) < len(header) else ""
+        raise BadRowError("wrong number of cells", f"found {len(cells)}, expected {len(header)}{hint}")
+    row = dict(zip(header, cells, strict=True))
+    texts = {name: _parse_turns(name, row[name]) for name in TEXTS}
+    parsed = {
+        "id": row["id"],
+        "model_a": row.get("model_a") or None,
+        "model_b": row.get("model_b") or None,
+        **{name: turns for name, (turns, _) in texts.items()},
+        **_parse_labels(row),
+    }
+    return parsed, any(is_repaired for _, is_repaired in texts.values())
+
+
+def _parse_turns(name: str, text: str) -> tuple[list[str | None], bool]:
+    """(turns, was a lone surrogate replaced): no Parquet, no tokenizer can hold half a character."""
+    try:
+        turns = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError("malformed JSON", f"{name}: {error}; found {text[:60]!r}") from error
+    if not isinstance(turns, list) or not all(turn is None or isinstance(turn, str) for turn in turns):
+        raise BadRowError(
+            "no list of texts", f"{name} is {text[:60]!r}, expected a JSON list of strings or nulls"
+        )
+    repaired = [turn and LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", turn) for turn in turns]
+    return repaired, repaired != turns
+
+
+def _parse_labels(row: dict[str, str]) -> dict[str, float | None]:
+    cells = {name: row.get(name, "") for name in LABELS}
+    if not any(cells.values()):
+        return dict.fromkeys(LABELS)
+    for name, cell in cells.items():
+        if not NUMBER.fullmatch(cell):
+            raise BadRowError("malformed label", f"{name} is {cell!r}, expected a number")
+    return {name: float(cell) for name, cell in cells.items()}
+
+
+if __name__ == "__main__":
+    cli(main)

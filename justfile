@@ -1,0 +1,80 @@
+# Every job by name. Arguments after the model go to the script: just stage1 gemma9b --dry-run
+
+set positional-arguments
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+python := "python3"
+# GPUs of this machine; set with: just gpus=8 stage1 gemma27b
+gpus := `nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true`
+# Several machines: MACHINES, MACHINE_RANK, MAIN_IP and MAIN_PORT in the environment of each
+machines := env("MACHINES", "1")
+machine_rank := env("MACHINE_RANK", "0")
+main_ip := env("MAIN_IP", "127.0.0.1")
+main_port := env("MAIN_PORT", "29500")
+processes := if gpus == "0" { "1" } else { shell('echo $(($1 * $2))', gpus, machines) }
+replicas := if gpus == "0" { "cpu" } else if gpus == "1" { "single_gpu" } else { "ddp" }
+launch := python + " -m accelerate.commands.launch --num_processes " + processes
+rendezvous := if machines == "1" { "" } else { "--num_machines " + machines + " --machine_rank " + machine_rank + " --main_process_ip " + main_ip + " --main_process_port " + main_port }
+hybrid := if machines == "1" { "" } else { "_multinode.yaml --parallelism_config_dp_replicate_size " + machines + " --parallelism_config_dp_shard_size " + gpus }
+
+# List the jobs
+default:
+    @just --list --unsorted
+
+# Install into the active environment, from the exact versions; `just setup gpu` adds flash-attn and Transformer Engine
+setup extra="dev":
+    #!/usr/bin/env bash
+    set -euo pipefail
+    wanted="$(pwd; cat pyproject.toml constraints.txt)"; stamp="$({{python}} -c 'import sys; print(sys.prefix)')/.arena-preference-{{extra}}"
+    [ "$wanted" = "$(cat "$stamp" 2>/dev/null)" ] && exit 0
+    {{python}} -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[{{extra}}]" && echo "$wanted" > "$stamp"
+
+# The whole pipeline on tiny models, on a CPU (about 4 minutes): --train-csv F --test-csv G for real votes
+demo *args: setup
+    {{python}} stages/demo.py "$@"
+
+# All tests
+test *args: setup
+    {{python}} -m pytest "$@"
+
+# Lint and formatting, read only
+check: setup
+    {{python}} -m ruff check .
+    {{python}} -m ruff format --check .
+
+# Repair what lint and formatting can
+fix: setup
+    {{python}} -m ruff check --fix .
+    {{python}} -m ruff format .
+
+# Raw files in data/ -> comparison tables in artifacts/data/
+prep *args: setup
+    {{python}} data_prep/competition.py "$@"
+
+# Fine-tune a teacher on real votes: gemma9b, gemma27b, armorm8b, tiny-gemma, tiny-llama
+stage1 model *args: setup
+    @{{just_executable()}} python={{python}} gpus={{gpus}} _train stage1 "$@"
+
+# Fine-tune a student on soft labels
+stage2 model *args: setup
+    @{{just_executable()}} python={{python}} gpus={{gpus}} _train stage2 "$@"
+
+# Fine-tune a student on real votes again; --final for the bundle
+stage3 model *args: setup
+    @{{just_executable()}} python={{python}} gpus={{gpus}} _train stage3 "$@"
+
+# Label the pool with every finished teacher
+pseudo-label *args: setup
+    {{launch}} --config_file accelerate_configs/{{replicas}}.yaml stages/pseudo_label.py "$@"
+
+# Score checkpoints and their ensemble
+evaluate *args: setup
+    {{launch}} --config_file accelerate_configs/{{replicas}}.yaml stages/evaluate.py "$@"
+
+# Build, verify and upload the bundle
+submit *args:
+    @echo "just submit: the bundle is not built yet in this version; evaluate --submission writes submission.csv" >&2
+    @exit 1
+
+_train stage model *args:
+    {{launch}} {{rendezvous}} --config_file accelerate_configs/{{ if gpus =~ "^[01]$" { replicas + ".yaml" } else if model =~ "^tiny" { "ddp.yaml" } else if model != "gemma27b" { "fsdp_9b.yaml" } else if hybrid != "" { "fsdp_27b" + hybrid } else { "fsdp_27b.yaml" } }} "stages/$1.py" "${@:2}"

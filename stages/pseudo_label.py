@@ -1,0 +1,168 @@
+"""Pseudo labels: every teacher's probabilities for a pool of comparisons, then the ensemble's soft labels.
+
+In    artifacts/stage1/<teacher>/ (all complete ones, or those named); the pool's comparison tables
+Out   artifacts/pseudo/<teacher>/probabilities.parquet   by key, one column group an order
+      artifacts/pseudo/ensemble/labels.parquet           every teacher's columns by key, then their mean
+Run   just pseudo-label
+      accelerate launch stages/pseudo_label.py --teachers artifacts/stage1/gemma9b --no-merge
+
+Every process holds a full replica. A stopped run continues after the last whole shard, with the same result.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from accelerate import Accelerator
+
+from common.console import cli, progress, say
+from common.files import file_hash, replacing
+from common.inputs import Seen, checkpoint_hash, find_complete, load_comparisons, without_seen
+from common.launch import start
+from common.pairs import LABELS, table_hash
+from common.predict import average, open_model, open_prompter, predict_orders
+from common.prompts import ORDERS, Order
+from common.recipe import Execution, by_flags
+from common.runs import Run
+from common.token_cache import tokenise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Pseudo labels by any teachers over any comparisons."""
+
+    execution: Execution = field(default_factory=Execution)
+    teachers: tuple[Path, ...] = ()
+    """Checkpoint folders; by default every complete one in <artifacts>/stage1."""
+    comparisons: tuple[Path, ...] = ()
+    """The pool; by default lmsys1m_pairs.parquet and preference_sets.parquet below <artifacts>/data."""
+    output: Path | None = None
+    """By default <artifacts>/pseudo."""
+    orders: tuple[Order, ...] = ORDERS
+    """Orders in which the answers are shown; averaging both costs twice the time and is worth it."""
+    seen: Seen = "refuse"
+    """Comparisons that a teacher was trained on: refuse to go on, or leave them out, counted."""
+    merge: bool = True
+    """Write the ensemble's soft labels when all teachers are done."""
+    comparisons_per_shard: int = 4096
+    """Comparisons between two points from which a stopped run continues."""
+    max_tokens_per_micro_batch: int = 16_384
+    """Tokens per rank per micro-batch."""
+
+    def __post_init__(self) -> None:
+        if not self.orders:
+            raise ValueError(f"--orders is empty, expected one or both of {ORDERS}")
+        if self.comparisons_per_shard < 1:
+            raise ValueError(f"--comparisons-per-shard is {self.comparisons_per_shard}, expected at least 1")
+
+
+def main(args: Args) -> None:
+    artifacts = args.execution.artifacts
+    accelerator = start(replicas=True)
+    teachers = args.teachers or find_complete(artifacts / "stage1")
+    names = ("data/lmsys1m_pairs.parquet", "data/preference_sets.parquet")
+    pool = load_comparisons(args.comparisons or tuple(artifacts / name for name in names), args.execution)
+    output = args.output or artifacts / "pseudo"
+    for teacher in teachers:
+        label(teacher, pool, output / teacher.name, args, accelerator)
+    if args.merge and accelerator.is_main_process:
+        merge([output / teacher.name / "probabilities.parquet" for teacher in teachers], output / "ensemble")
+
+
+def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerator: Accelerator) -> None:
+    """One teacher's probabilities, shard by shard in the order of (source, id)."""
+    pool = without_seen(pool, teacher, args.seen)
+    run = Run.open(
+        output,
+        recipe={"orders": list(args.orders), "comparisons_per_shard": args.comparisons_per_shard},
+        inputs={"teacher": checkpoint_hash(teacher), "comparisons": table_hash(pool)},
+    )
+    if run.is_complete:
+        say(f"{output} is up to date")
+        return
+    if accelerator.is_main_process:
+        run.begin()
+    accelerator.wait_for_everyone()
+    model = open_model(str(teacher), dtype=None, device=accelerator.device, ops=args.execution.ops)
+    prompter = open_prompter(str(teacher), model.preference)
+    sequences = tokenise(
+        pool,
+        prompter,
+        formats=(model.preference["formats"][0],),
+        orders=args.orders,
+        cache=args.execution.artifacts / "tokens",
+        is_writer=accelerator.is_main_process,
+        wait=accelerator.wait_for_everyone,
+    )
+    shards = range(0, len(sequences.frame), args.comparisons_per_shard)
+    paths = [output / "shards" / f"{number:05d}.parquet" for number in range(len(shards))]
+    done = sum(path.is_file() for path in paths)
+    accelerator.wait_for_everyone()  # nobody writes a shard before everybody has counted
+    with progress(f"labelling with {teacher.name}", len(shards), "shards", start=done) as advance:
+        for start_row, path in zip(shards[done:], paths[done:], strict=True):
+            part = sequences.rows(start_row, start_row + args.comparisons_per_shard)
+            orders = predict_orders(
+                model,
+                part,
+                max_tokens=args.max_tokens_per_micro_batch,
+                device=accelerator.device,
+            )
+            if accelerator.is_main_process:
+                write_probabilities(path, part.frame, {f"{teacher.name}/{o}": p for o, p in orders.items()})
+            advance(1)
+    if accelerator.is_main_process:
+        with replacing(output / "probabilities.parquet") as temporary:
+            pl.read_parquet(paths).write_parquet(temporary)
+        run.finish({"num_comparisons": len(sequences.frame)})
+    accelerator.wait_for_everyone()
+
+
+def write_probabilities(path: Path, frame: pl.DataFrame, groups: dict[str, np.ndarray]) -> None:
+    """Writes keys and one group of class columns a model and order, atomically."""
+    columns = [
+        pl.Series(f"{group}/{name}", values[:, i])
+        for group, values in groups.items()
+        for i, name in enumerate(LABELS)
+    ]
+    with replacing(path) as temporary:
+        frame.select("source", "id").with_columns(columns).write_parquet(temporary)
+
+
+def merge(paths: list[Path], output: Path) -> None:
+    """Joins the teachers by key; the soft label is the mean over teachers of the mean over orders."""
+    recipe = {"teachers": [path.parent.name for path in paths]}
+    run = Run.open(output, recipe=recipe, inputs={path.parent.name: file_hash(path) for path in paths})
+    if run.is_complete:
+        say(f"{output} is up to date")
+        return
+    run.begin()
+    frames = [pl.read_parquet(path) for path in paths]
+    joined = frames[0]
+    for frame in frames[1:]:
+        joined = joined.join(frame, on=["source", "id"], how="inner", validate="1:1", maintain_order="left")
+    if len(joined) < max(len(frame) for frame in frames):
+        say(
+            f"{max(map(len, frames)) - len(joined):,} comparisons are not labelled by every teacher: left out"
+        )
+    means = [average([_group(frame, joined, name) for name in _groups(frame)]) for frame in frames]
+    with replacing(output / "labels.parquet") as temporary:
+        soft = average(means)
+        columns = [pl.Series(name, soft[:, i]) for i, name in enumerate(LABELS)]
+        joined.with_columns(columns).write_parquet(temporary)
+    run.finish({"num_comparisons": len(joined)})
+    say(f"{output / 'labels.parquet'}: soft labels of {len(paths)} teachers for {len(joined):,} comparisons")
+
+
+def _groups(frame: pl.DataFrame) -> list[str]:
+    """Names of the column groups (model and order) of a frame."""
+    return sorted({name.rpartition("/")[0] for name in frame.columns if "/" in name})
+
+
+def _group(frame: pl.DataFrame, joined: pl.DataFrame, group: str) -> np.ndarray:
+    """float32 [comparisons, classes] of one column group, in the rows of the joined frame."""
+    return joined.select(f"{group}/{name}" for name in LABELS).to_numpy()
+
+
+if __name__ == "__main__":
+    cli(main, arguments=by_flags(Args))
