@@ -12,10 +12,11 @@ machine_rank := env("MACHINE_RANK", "0")
 main_ip := env("MAIN_IP", "127.0.0.1")
 main_port := env("MAIN_PORT", "29500")
 processes := if gpus == "0" { "1" } else { shell('echo $(($1 * $2))', gpus, machines) }
-replicas := if gpus == "0" { "cpu" } else if gpus == "1" { "single_gpu" } else { "ddp" }
-launch := python + " -m accelerate.commands.launch --num_processes " + processes
+launch := python + " -m accelerate.commands.launch --num_processes " + processes + " --config_file accelerate_configs/"
+# One process needs no launcher, whose traceback would bury a clear error message
+launch_replicas := if processes == "1" { python } else { launch + "ddp.yaml" }
 rendezvous := if machines == "1" { "" } else { "--num_machines " + machines + " --machine_rank " + machine_rank + " --main_process_ip " + main_ip + " --main_process_port " + main_port }
-hybrid := if machines == "1" { "" } else { "_multinode.yaml --parallelism_config_dp_replicate_size " + machines + " --parallelism_config_dp_shard_size " + gpus }
+hybrid := if machines == "1" { ".yaml" } else { "_multinode.yaml --parallelism_config_dp_replicate_size " + machines + " --parallelism_config_dp_shard_size " + gpus }
 
 # List the jobs
 default:
@@ -65,11 +66,11 @@ stage3 model *args: setup
 
 # Label the pool with every finished teacher
 pseudo-label *args: setup
-    {{launch}} --config_file accelerate_configs/{{replicas}}.yaml stages/pseudo_label.py "$@"
+    {{launch_replicas}} stages/pseudo_label.py "$@"
 
 # Score checkpoints and their ensemble
 evaluate *args: setup
-    {{launch}} --config_file accelerate_configs/{{replicas}}.yaml stages/evaluate.py "$@"
+    {{launch_replicas}} stages/evaluate.py "$@"
 
 # Build, verify and upload the bundle
 submit *args:
@@ -77,4 +78,4 @@ submit *args:
     @exit 1
 
 _train stage model *args:
-    {{launch}} {{rendezvous}} --config_file accelerate_configs/{{ if gpus =~ "^[01]$" { replicas + ".yaml" } else if model =~ "^tiny" { "ddp.yaml" } else if model != "gemma27b" { "fsdp_9b.yaml" } else if hybrid != "" { "fsdp_27b" + hybrid } else { "fsdp_27b.yaml" } }} "stages/$1.py" "${@:2}"
+    {{ if processes == "1" { python } else if model =~ "^tiny" { launch_replicas } else if model != "gemma27b" { launch + "fsdp_9b.yaml" } else { launch + "fsdp_27b" + hybrid } }} {{rendezvous}} "stages/$1.py" "${@:2}"

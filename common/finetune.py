@@ -105,6 +105,7 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
             preference={
                 "stage": task.stage,
                 "model": task.model,
+                "classes": list(LABELS),
                 "formats": list(recipe.formats),
                 "prompt": prompter.describe(),
                 "recipe": asdict(recipe),

@@ -8,7 +8,8 @@ Run   just evaluate --checkpoints artifacts/stage1/gemma9b artifacts/stage1/armo
           --submission submission.csv --name test
 
 Each model is scored in every order, then averaged over orders; the ensemble is the weighted mean of those.
-Comparisons that a checkpoint was trained on are refused. Unlabelled ones get probabilities and no score.
+Votes on comparisons that a checkpoint was trained on are refused. Unlabelled comparisons get probabilities
+and no score.
 """
 
 from dataclasses import dataclass, field
@@ -77,8 +78,9 @@ def main(args: Args) -> None:
     frame = load_comparisons(args.comparisons or (artifacts / "data/arena55k.parquet",), args.execution)
     if args.fold is not None:
         frame = frame.filter(pl.col("fold") == args.fold)
-    for checkpoint in checkpoints:
-        frame = without_seen(frame, checkpoint, args.seen)
+    if frame.select(is_labelled().any()).item():
+        for checkpoint in checkpoints:
+            frame = without_seen(frame, checkpoint, args.seen)
     if frame.is_empty():
         raise ValueError(f"no comparison is left to evaluate on (--fold {args.fold}, --seen {args.seen})")
 

@@ -1,6 +1,6 @@
 """safetensors files in, tensors out, with every discrepancy named; and the way back."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -45,35 +45,40 @@ def read_weights(
     index = _weight_map(folder)
     tensors, dropped, head = {}, [], {}
     for path in sorted({folder / file for file in index.values()} or {folder / SINGLE}):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if any(fnmatchcase(name, pattern) for pattern in DROPPED):
-                        dropped.append(name)
-                        continue
-                    stored = file.get_tensor(name)
-                    _check_stored(path, name, stored, expected)
-                    if name in tensors:
-                        raise ValueError(f"{path}: tensor {name} is stored in another file too; remove one")
-                    # The copy detaches CPU tensors from the file, which may change while they are in use.
-                    tensors[name] = stored.to(device, dtype, copy=True)
-                    _check_finite(path, name, tensors[name], stored.dtype)
-                    if name.startswith("head."):
-                        head[name] = stored.clone()
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path} cannot be read: {error}. It is missing, truncated or no safetensors file; "
-                "fetch or save the checkpoint again"
-            ) from error
+        for name, stored in _stored_tensors(path, dropped):
+            _check_stored(path, name, stored, expected)
+            if name in tensors:
+                raise ValueError(f"{path}: tensor {name} is stored in another file too; remove one")
+            # The copy detaches CPU tensors from the file, which may change while they are in use.
+            tensors[name] = stored.to(device, dtype, copy=True)
+            _check_finite(path, name, tensors[name], stored.dtype)
+            if name.startswith("head."):
+                head[name] = stored.clone()
     missing = [name for name in expected if name not in tensors]
     if missing:
-        name = missing[0]
+        path = folder / index.get(missing[0], INDEX if index else SINGLE)
         raise ValueError(
-            f"{folder / index.get(name, INDEX if index else SINGLE)}: tensor {name} of shape {list(expected[name].shape)} is "
-            f"missing ({len(missing)} of {len(expected)} expected tensors are); the files do not belong to "
-            "this config.json or are incomplete: fetch or save the checkpoint again"
+            f"{path}: tensor {missing[0]} of shape {list(expected[missing[0]].shape)} is missing "
+            f"({len(missing)} of {len(expected)} expected tensors are); the files are incomplete or do not "
+            "belong to this config.json: fetch or save the checkpoint again"
         )
     return tensors, sorted(dropped), head
+
+
+def _stored_tensors(path: Path, dropped: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of one file; those of the table `DROPPED` are not read, only added to `dropped`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if any(fnmatchcase(name, pattern) for pattern in DROPPED):
+                    dropped.append(name)
+                else:
+                    yield name, file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path} cannot be read: {error}. It is missing, truncated or no safetensors file; "
+            "fetch or save the checkpoint again"
+        ) from error
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
