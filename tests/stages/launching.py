@@ -22,7 +22,7 @@ def command(launch: str, *arguments: object) -> tuple[list[str], dict[str, str]]
 
     Args:
         launch: "1" a plain process, "2" two connected CPU processes, or "NAME.yaml:N" for N processes under
-            that accelerate configuration through the shim.
+            that accelerate configuration (several of them through the shim).
     """
     words = [str(argument) for argument in arguments]
     if launch == "1":
@@ -43,9 +43,8 @@ def command(launch: str, *arguments: object) -> tuple[list[str], dict[str, str]]
     if "multinode" in config:
         shape += ["--parallelism_config_dp_replicate_size", "2"]
         shape += ["--parallelism_config_dp_shard_size", str(int(processes) // 2)]
-    return [sys.executable, *accelerate, *shape, "tests/shim.py", *words], BASE | {
-        "ACCELERATE_TORCH_DEVICE": "cpu"
-    }
+    shim = ["tests/shim.py"] if int(processes) > 1 else []
+    return [sys.executable, *accelerate, *shape, *shim, *words], BASE | {"ACCELERATE_TORCH_DEVICE": "cpu"}
 
 
 def launch(
@@ -86,4 +85,6 @@ def stage1(world: Path, output: Path, family: str = "gemma", **flags: object) ->
 
 
 def _words(value: object) -> list[object]:
+    if value is True:
+        return []
     return list(value) if isinstance(value, tuple) else [value]
