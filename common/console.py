@@ -14,6 +14,8 @@ from rich.table import Table
 LINE_INTERVAL_SECONDS = 15.0
 
 console = Console()
+if not console.is_terminal and "COLUMNS" not in os.environ:
+    console.width = 120  # a log file, whose readers should not get tables folded to rich's 80
 
 
 def cli(main: Callable[[Any], None], *, arguments: Any = None) -> None:
@@ -28,11 +30,14 @@ def cli(main: Callable[[Any], None], *, arguments: Any = None) -> None:
 
     kind = arguments if arguments is not None else next(iter(main.__annotations__.values()))
     rank = int(os.environ.get("RANK", "0"))
+    who = f" (process {rank})" if rank else ""
     try:
         main(tyro.cli(kind))
     except ValueError as error:
-        who = f" (process {rank})" if rank else ""
         print(f"error{who}: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:  # a disk, a network: nothing that a traceback of our code would explain
+        print(f"error{who}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted: start the same command again to continue", file=sys.stderr)

@@ -34,7 +34,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise ValueError(
-            f"cannot write {path}: {error.strerror or error}; nothing was changed. "
+            f"cannot write {path}: {_reason(error)}; nothing was changed. "
             "Free some space or choose a folder that you may write to."
         ) from error
     finally:
@@ -55,16 +55,27 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     old = path.with_name(f".{path.name}.old-{os.getpid()}")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process whose number has come round again
         temporary.mkdir(parents=True)
         yield temporary
         if path.exists():
             path.replace(old)
         temporary.replace(path)
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
+        raise ValueError(
+            f"cannot write {path}: {_reason(error)}; nothing was changed. "
+            "Free some space or choose a folder that you may write to."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _reason(error: OSError) -> str:
+    """What the system said; where it names a file that stands in a folder's place, in clearer words."""
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return f"{error.filename} is a file, not a folder"
+    return error.strerror or str(error)
 
 
 def write_json(path: Path | str, value: object) -> None:

@@ -4,25 +4,25 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoTokenizer
 
 from common.console import say, show_table
-from common.files import read_json, replacing
+from common.files import read_json
 from common.fit import fit, plan_steps
-from common.inputs import checkpoint_hash
+from common.inputs import checkpoint_hash, read_trained_on
 from common.launch import is_fsdp, place, start
-from common.metrics import prior_log_loss, score
+from common.metrics import SUM_TOLERANCE, prior_log_loss, score
 from common.models import load_model, save_checkpoint
 from common.models.checkpoint import find_checkpoint
-from common.pairs import LABELS, content_hashes, labels_array, table_hash
+from common.pairs import LABELS, content_hashes, is_labelled, labels_array, table_hash, write_table
 from common.predict import predict_orders
-from common.prompts import INSTRUCTION, Prompter
+from common.prompts import INSTRUCTION, Prompter, load_tokenizer
 from common.recipe import Execution, Recipe
 from common.runs import Run
 from common.token_cache import Sequences, orders_of, tokenise
@@ -61,9 +61,18 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
     accelerator = start(
         tracker="none" if execution.dry_run else execution.tracker, tracker_folder=task.output / "logs"
     )
+    if accelerator.device.type == "cpu" and not (
+        execution.dry_run or execution.allow_cpu or task.model.startswith("tiny-")
+    ):
+        raise ValueError(
+            f"{task.model} would train on a CPU; launch it on GPUs (just {task.stage} {task.model}), take a "
+            "tiny-* model, or say --allow-cpu"
+        )
+    for frame in (task.train, task.held_out):
+        _check_labelled(frame, task)
     parent = find_checkpoint(task.checkpoint)
     prompter = Prompter(
-        AutoTokenizer.from_pretrained(parent),
+        load_tokenizer(parent),
         conversation_tokens=recipe.conversation_tokens,
         instruction=task.instruction,
     )
@@ -77,17 +86,14 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
     _describe(task, sequences, accelerator)
     if execution.dry_run:
         return {}
-    if accelerator.device.type == "cpu" and not (execution.allow_cpu or task.model.startswith("tiny-")):
-        raise ValueError(
-            f"{task.model} would train on a CPU; launch it on GPUs (just {task.stage} {task.model}), take a "
-            "tiny-* model, or say --allow-cpu"
-        )
     trained_on = _trained_on(task.train, parent)
+    model = _load(
+        task, execution, accelerator
+    )  # before anything is written that a bad checkpoint would spoil
     if accelerator.is_main_process:
         run.begin()
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tracker")
-    model = _load(task, execution, accelerator)
     fit(model, sequences, recipe=recipe, execution=execution, run=run, accelerator=accelerator)
     metrics = {}
     if task.held_out is not None:
@@ -95,8 +101,7 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
         metrics = _score(model, held_out, prompter, task, execution, accelerator)
     weights = full_state_dict(model)
     if accelerator.is_main_process:
-        with replacing(task.output / "trained_on.parquet") as temporary:
-            trained_on.to_frame().write_parquet(temporary)
+        write_table(trained_on.to_frame(), task.output / "trained_on.parquet")
         save_checkpoint(
             task.output,
             model=model,
@@ -123,6 +128,27 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
 def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """Whole tensors on the CPU of the first process; the others get an empty dict under FSDP."""
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def _check_labelled(frame: pl.DataFrame | None, task: Task) -> None:
+    """What teaches and what scores must carry labels, votes or soft ones; a ValueError before any work."""
+    if frame is None:
+        return
+    if len(unlabelled := frame.filter(~is_labelled())):
+        raise ValueError(
+            f"{task.stage} needs labels, but {len(unlabelled):,} of {len(frame):,} comparisons have none, "
+            f"first {'/'.join(unlabelled.select('source', 'id').row(0))}; is this an unlabelled pool? Label "
+            "it with stages/pseudo_label.py and train stage 2 on it"
+        )
+    labels = labels_array(frame)
+    bad = ~(np.abs(labels.sum(1) - 1) <= SUM_TOLERANCE) | (labels < 0).any(1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"{task.stage}: the labels of {int(bad.sum()):,} comparisons are no probabilities, first "
+            f"{'/'.join(frame.select('source', 'id').row(row))} with {labels[row].tolist()}; expected "
+            "numbers from 0 on that sum to 1"
+        )
 
 
 def _parent_preference(parent: Path, prompter: Prompter) -> dict | None:
@@ -206,9 +232,8 @@ def _describe(task: Task, sequences: Sequences, accelerator: Accelerator) -> Non
 def _trained_on(train: pl.DataFrame, parent: Path) -> pl.Series:
     """Content hashes of everything that this model or an ancestor was trained on."""
     hashes = content_hashes(train)
-    path = parent / "trained_on.parquet"
-    if path.is_file():
-        hashes = pl.concat([hashes, pl.read_parquet(path).to_series()], rechunk=True)
+    if (parent / "trained_on.parquet").is_file():
+        hashes = pl.concat([hashes, read_trained_on(parent)], rechunk=True)
     return hashes.unique().sort().alias("content_hash")
 
 
@@ -265,11 +290,9 @@ def _score(
         "prior_log_loss": prior_log_loss(labels_array(task.train), labels),
     }
     if accelerator.is_main_process:
-        columns = {name: given[:, i] for i, name in enumerate(LABELS)}
-        with replacing(task.output / "held_out.parquet") as temporary:
-            sequences.frame.select("source", "id").with_columns(
-                pl.Series(name, values) for name, values in columns.items()
-            ).write_parquet(temporary)
+        columns = [pl.Series(name, given[:, i]) for i, name in enumerate(LABELS)]
+        keys = sequences.frame.select("source", "id")
+        write_table(keys.with_columns(columns), task.output / "held_out.parquet")
         low, high = metrics["log_loss_interval"]
         say(
             f"{task.stage} {task.model}: log loss {metrics['log_loss']:.4f} ({low:.4f} to {high:.4f}) on "

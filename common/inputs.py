@@ -83,16 +83,34 @@ def find_complete(folder: Path) -> tuple[Path, ...]:
     return found
 
 
+def read_trained_on(checkpoint: Path) -> pl.Series:
+    """Content hashes of every comparison that a checkpoint or an ancestor was trained on.
+
+    Raises:
+        ValueError: There is no such checkpoint, or its trained_on.parquet is absent or cannot be read.
+    """
+    path = checkpoint / "trained_on.parquet"
+    if not checkpoint.is_dir():
+        raise ValueError(f"{checkpoint} is not a folder; expected a checkpoint that a stage has written")
+    if not path.is_file():
+        raise ValueError(
+            f"{checkpoint} has no trained_on.parquet, so what it was trained on is not known: it is not a "
+            "finished checkpoint of ours. Finish its stage, or name another folder"
+        )
+    try:
+        return pl.read_parquet(path, columns=["content_hash"]).to_series()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} cannot be read: {reason}. Copy it again or train again") from error
+
+
 def without_seen(frame: pl.DataFrame, checkpoint: Path, seen: Seen) -> pl.DataFrame:
     """`frame` less the comparisons that a checkpoint or its ancestors were trained on.
 
     Raises:
-        ValueError: There are some and `seen` is "refuse".
+        ValueError: There are some and `seen` is "refuse"; or it cannot be known.
     """
-    path = checkpoint / "trained_on.parquet"
-    if not path.is_file():
-        raise ValueError(f"{checkpoint} has no trained_on.parquet: what it was trained on is not known")
-    is_seen = content_hashes(frame).is_in(pl.read_parquet(path).to_series().implode())
+    is_seen = content_hashes(frame).is_in(read_trained_on(checkpoint).implode())
     if is_seen.any() and seen == "refuse":
         first = frame.filter(is_seen).select("source", "id").row(0)
         raise ValueError(

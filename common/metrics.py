@@ -72,7 +72,8 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> dict[str
 
     Rows are sorted by the claimed probability and cut into bins of (nearly) equal size; equal claims share a
     bin, so the order of the rows does not matter. The error is the mean over rows of
-    |mean claim - mean label| of the row's bin. By chance alone it is about 0.4 x sqrt(bins / rows): 0.03 for 2,000 rows.
+    |mean claim - mean label| of the row's bin. By chance alone it is about 0.4 x sqrt(bins / rows): 0.03 for
+    2,000 rows.
 
     Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", section 2; equal-mass bins and errors
         per class after Nixon et al. 2019, "Measuring Calibration in Deep Learning".

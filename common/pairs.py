@@ -175,15 +175,20 @@ def write_comparisons(
     frame = _check_schema(frame, path)
     places = pl.select(file=pl.lit(str(path)), row=pl.int_range(len(frame)))
     check_rows(frame, places, paths=(Path(path),))
-    _write(frame, path, metadata=metadata)
+    write_table(frame, path, metadata=metadata)
 
 
 def write_rejected(report: ReadReport, path: Path | str) -> None:
     """Writes the rejected rows of a report: Parquet if the name ends so, else CSV."""
-    _write(report.rejected, path)
+    write_table(report.rejected, path)
 
 
-def _write(frame: pl.DataFrame, path: Path | str, *, metadata: dict[str, str] | None = None) -> None:
+def write_table(frame: pl.DataFrame, path: Path | str, *, metadata: dict[str, str] | None = None) -> None:
+    """Writes any table, atomically: Parquet if the name ends so, else CSV.
+
+    Raises:
+        ValueError: The folder cannot be written or the disk is full. The old file stays.
+    """
     with replacing(path) as temporary:
         try:
             if Path(path).suffix == ".parquet":
@@ -269,7 +274,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
     try:
         # no globbing, no hive columns: a path is a name, whatever characters it has
         frame = pl.read_parquet(path, glob=False, hive_partitioning=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read as a Parquet: {first_line}. "
@@ -299,7 +304,9 @@ def _bad_rows(frame: pl.DataFrame, places: pl.DataFrame, row_unit: str) -> pl.Da
     """`REJECTED_SCHEMA` and `index` (the row of `frame`) of each bad row, first reason that holds."""
     columns = ["index", *REJECTED_SCHEMA.names()]
     rows = pl.concat([frame.select(SCHEMA.names()).with_row_index("index"), places], how="horizontal")
-    faulty = rows.filter(pl.any_horizontal(bad for _, bad, _ in _row_checks())).select(
+    # rechunk: `pl.format` of polars 2.1 panics where a file (a chunk) has no row left
+    faulty = rows.filter(pl.any_horizontal(bad for _, bad, _ in _row_checks())).rechunk()
+    faulty = faulty.select(
         pl.col("index", "file", "row", "id"),
         reason=pl.coalesce(pl.when(bad).then(pl.lit(reason)) for reason, bad, _ in _row_checks()),
         detail=pl.coalesce(pl.when(bad).then(detail) for _, bad, detail in _row_checks()),
@@ -310,6 +317,7 @@ def _bad_rows(frame: pl.DataFrame, places: pl.DataFrame, row_unit: str) -> pl.Da
         .filter(~pl.col("index").is_in(faulty["index"].implode()))
         .with_columns(pl.col("index", "file", "row").first().over(key).name.prefix("first_"))
         .filter(pl.col("index") != pl.col("first_index"))
+        .rechunk()
         .with_columns(
             reason=pl.lit("repeated key"),
             detail=pl.format(

@@ -7,14 +7,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoTokenizer
 
 from common.batching import Sample, VarlenCollator, plan_micro_batches
 from common.console import progress
 from common.metrics import mirror
 from common.models import PreferenceModel, load_model
 from common.models.zoo import find_checkpoint
-from common.prompts import ORDERS, Prompter
+from common.prompts import ORDERS, Prompter, load_tokenizer
 
 
 class SequenceTable(Protocol):
@@ -25,6 +24,8 @@ class SequenceTable(Protocol):
     variant: np.ndarray
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def name(self, row: int) -> str: ...
 
 
 def open_prompter(checkpoint: str, preference: dict | None) -> Prompter:
@@ -44,7 +45,7 @@ def open_prompter(checkpoint: str, preference: dict | None) -> Prompter:
         )
     stored = preference["prompt"]
     prompter = Prompter(
-        AutoTokenizer.from_pretrained(find_checkpoint(checkpoint)),
+        load_tokenizer(find_checkpoint(checkpoint)),
         conversation_tokens=stored["conversation_tokens"],
         instruction=stored["instruction"],
     )
@@ -87,7 +88,7 @@ def predict(
         float32 [sequences, classes], the same on every rank.
 
     Raises:
-        ValueError: A logit is not finite; the sequences are named by their number.
+        ValueError: A logit is not finite; the comparisons are named.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     plan = plan_micro_batches(sequences.lengths.tolist(), world_size, max_tokens)[rank]
@@ -106,7 +107,12 @@ def predict(
         dist.all_reduce(found)
     bad = (~found.isfinite().all(-1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"logits are not finite for {len(bad)} sequences, the first are number {bad[:5]}")
+        rows = sorted({int(sequences.row[i]) for i in bad})
+        raise ValueError(
+            f"the model's answers are not finite for {len(rows)} comparisons, first "
+            f"{', '.join(sequences.name(row) for row in rows[:10])}: look at their text, or the checkpoint "
+            "does not fit the dtype that it is computed in"
+        )
     return found.cpu().numpy()
 
 
@@ -128,6 +134,7 @@ def predict_orders(
     for swapped, name in enumerate(ORDERS):
         mask = sequences.variant % 2 == swapped
         if mask.any():
+            assert len(np.unique(sequences.row[mask])) == mask.sum(), "one format, every comparison once"
             result[name] = np.empty((mask.sum(), found.shape[1]), dtype=np.float32)
             result[name][sequences.row[mask]] = mirror(found[mask]) if swapped else found[mask]
     return result

@@ -8,10 +8,11 @@ PAPB:  the whole conversation with A, then the whole conversation with B.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.files import text_hash
 
@@ -21,8 +22,7 @@ Order = Literal["given", "swapped"]
 ORDERS: tuple[Order, ...] = ("given", "swapped")
 
 INSTRUCTION = (
-    "Two assistants, A and B, answered the same user. Weigh correctness, helpfulness, depth and tone, and "
-    "say which answer the user will prefer: A, B, or neither (a tie)."
+    "Two assistants answered the same user. Which answer will the user prefer: A, B, or neither (a tie)?"
 )
 USER = "[User]\n"
 ANSWER_A = "\n\n[Answer A]\n"
@@ -33,7 +33,7 @@ CONVERSATION_B = "[Conversation with B]\n\n"
 OMITTED = "[earlier turns left out]\n\n"
 CUT = "\n[...]\n"
 NULL_TURN = "(null)"
-VERDICT = "[Preferred: A, B or tie]"
+VERDICT = "[Preferred answer]"
 PIECES = (
     USER,
     ANSWER_A,
@@ -259,6 +259,26 @@ def clean_text(text: str | None) -> str:
     if text is None:
         return NULL_TURN
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies in a checkpoint folder.
+
+    Raises:
+        ValueError: There is none, or its files cannot be read.
+    """
+    # Without these files transformers makes up an empty vocabulary instead of failing.
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ValueError(
+            f"{folder} has no tokenizer.json; fetch the checkpoint again, or copy its tokenizer's files there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a broken file makes the libraries raise anything, a bare Exception included
+        raise ValueError(
+            f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}. "
+            "Fetch the checkpoint again, or copy the tokenizer's files into it"
+        ) from error
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

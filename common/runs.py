@@ -53,7 +53,7 @@ class Run:
             field, theirs, ours = differs
             raise ValueError(
                 f"{folder} holds a run in which {field} is {theirs}; here it is {ours}. Nothing was changed: "
-                "choose another --output, or move that folder away"
+                "write elsewhere (--output; of evaluate, --name), or move that folder away"
             )
         return cls(folder=folder, description=description, is_complete=stored.get("status") == "complete")
 
@@ -86,8 +86,13 @@ class Run:
 
     def log(self, record: dict[str, object]) -> None:
         """Appends one line to metrics.jsonl (first process only)."""
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {self.metrics_path}: {error.strerror}; is the disk full?"
+            ) from error
 
     def saved_steps(self) -> list[int]:
         """Steps after which a whole training state lies in the folder, ascending."""
@@ -116,8 +121,11 @@ class Run:
         try:
             dcp.save(tensors, checkpoint_id=str(temporary), no_dist=not dist.is_initialized())
         except (OSError, dcp.api.CheckpointException) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            reason = str(error).strip().splitlines()[-1]  # torch puts a traceback into the message
             raise ValueError(
-                f"cannot save the training state in {temporary}: {error}; is the disk full?"
+                f"cannot save the training state in {temporary}: {reason}. Is the disk full? Start the same "
+                "command again to go on from the state before"
             ) from error
         barrier()
         if is_writer:
@@ -126,9 +134,20 @@ class Run:
                 shutil.rmtree(self.folder / "state" / f"step-{old:08d}")
 
     def load_state(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Fills `tensors` in place with the state saved after `step`, at any number of processes."""
+        """Fills `tensors` in place with the state saved after `step`, at any number of processes.
+
+        Raises:
+            ValueError: The state cannot be read.
+        """
         folder = self.folder / "state" / f"step-{step:08d}"
-        dcp.load(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+        try:
+            dcp.load(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+        except (Exception, dcp.api.CheckpointException) as error:  # a torn file makes torch raise anything
+            reason = str(error).strip().splitlines()[-1]
+            raise ValueError(
+                f"the training state {folder} cannot be read: {reason}. Delete it, to go on from the state "
+                "before it or from the start"
+            ) from error
 
 
 def _first_difference(stored: dict, ours: dict) -> tuple[str, object, object] | None:

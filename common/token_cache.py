@@ -132,15 +132,11 @@ def tokenise(
     key = text_hash(table_hash(frame), prompter.prompt_hash, repr(tuple(formats)), repr(orders), str(seed))
     folder = cache / key[:20]
     if is_writer and not (folder / "info.json").is_file():
-        cache.mkdir(parents=True, exist_ok=True)
         with replacing_folder(folder) as temporary:
             _write(temporary / "tokens.arrow", frame, prompter, formats, orders, seed)
             write_json(temporary / "info.json", {"key": key, **prompter.describe()})
     wait()
-    if read_json(folder / "info.json").get("key") != key:
-        raise ValueError(f"{folder} is not the token cache that its name says; delete it and start again")
-    dataset = datasets.Dataset.from_file(str(folder / "tokens.arrow")).with_format("numpy")
-    columns = {name: dataset.data[name].to_numpy() for name in COLUMNS.names if name != "input_ids"}
+    dataset, columns = _read(folder, key, len(frame))
     return Sequences(
         frame=frame,
         dataset=dataset.select_columns("input_ids"),
@@ -151,6 +147,21 @@ def tokenise(
         became_identical=columns["became_identical"],
         labels=np.nan_to_num(labels_array(frame), nan=0.0),
     )
+
+
+def _read(folder: Path, key: str, num_rows: int) -> tuple[datasets.Dataset, dict[str, np.ndarray]]:
+    """The cached dataset, and its columns but the tokens; ValueError where the files are damaged."""
+    way_out = "delete that folder and start again: it will be tokenised anew"
+    if read_json(folder / "info.json").get("key") != key:
+        raise ValueError(f"{folder} is not the token cache that its name says; {way_out}")
+    try:
+        dataset = datasets.Dataset.from_file(str(folder / "tokens.arrow")).with_format("numpy")
+        columns = {name: dataset.data[name].to_numpy() for name in COLUMNS.names if name != "input_ids"}
+    except (OSError, KeyError, pa.ArrowException) as error:
+        raise ValueError(f"{folder / 'tokens.arrow'} cannot be read: {error}; {way_out}") from error
+    if (found := len(np.unique(columns["row"]))) != num_rows:
+        raise ValueError(f"{folder} holds {found} of {num_rows} comparisons; {way_out}")
+    return dataset, columns
 
 
 def _write(

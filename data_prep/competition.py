@@ -9,6 +9,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -114,20 +115,20 @@ def read_competition_csv(
     columns: dict[str, list] = {name: [] for name in SCHEMA}
     lines, unreadable = [], []
     num_repaired = 0
-    rows = _read_rows(path)
-    _, header = next(rows, (1, []))
-    _check_header(header, path)
-    for line, cells in rows:
-        try:
-            row, is_repaired = _parse_row(header, cells)
-        except BadRowError as bad:
-            key = cells[header.index("id")] if len(cells) > header.index("id") else None
-            unreadable.append((str(path), line, key, *bad.args))
-            continue
-        for name, values in columns.items():
-            values.append(source if name == "source" else row.get(name))
-        lines.append(line)
-        num_repaired += is_repaired
+    with closing(_read_rows(path)) as rows:
+        _, header = next(rows, (1, []))
+        _check_header(header, path)
+        for line, cells in rows:
+            try:
+                row, is_repaired = _parse_row(header, cells)
+            except BadRowError as bad:
+                key = cells[header.index("id")] if len(cells) > header.index("id") else None
+                unreadable.append((str(path), line, key, *bad.args))
+                continue
+            for name, values in columns.items():
+                values.append(source if name == "source" else row.get(name))
+            lines.append(line)
+            num_repaired += is_repaired
     ignored = [name for name in header if name not in REQUIRED + OPTIONAL]
     notes = {"with a lone surrogate replaced by U+FFFD": num_repaired} if num_repaired else {}
     notes |= (
@@ -135,7 +136,7 @@ def read_competition_csv(
     )
     return check_rows(
         pl.DataFrame(columns, schema=SCHEMA),
-        pl.DataFrame({"file": str(path), "row": lines}, schema_overrides={"row": pl.Int64}),
+        pl.DataFrame({"row": lines}, schema={"row": pl.Int64}).with_columns(file=pl.lit(str(path))),
         paths=(path,),
         row_unit="line",
         unreadable=pl.DataFrame(unreadable, schema=REJECTED_SCHEMA, orient="row"),

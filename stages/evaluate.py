@@ -20,11 +20,11 @@ import polars as pl
 from accelerate import Accelerator
 
 from common.console import cli, say, show_table
-from common.files import file_hash, replacing, write_json
+from common.files import file_hash, write_json
 from common.inputs import Seen, checkpoint_hash, find_complete, load_comparisons, without_seen
 from common.launch import start
-from common.metrics import bootstrap_interval, per_row_log_loss, score, swap_consistency
-from common.pairs import LABELS, is_labelled, labels_array, table_hash
+from common.metrics import SUM_TOLERANCE, bootstrap_interval, per_row_log_loss, score, swap_consistency
+from common.pairs import LABELS, is_labelled, labels_array, table_hash, write_table
 from common.predict import average, open_model, open_prompter, predict_orders
 from common.prompts import ORDERS, Order
 from common.recipe import Execution, by_flags
@@ -73,16 +73,25 @@ def main(args: Args) -> None:
     checkpoints = args.checkpoints or (() if args.probabilities else find_complete(artifacts / "stage3"))
     num_models = len(checkpoints) + len(args.probabilities)
     if args.weights and len(args.weights) != num_models:
-        raise ValueError(f"--weights has {len(args.weights)} numbers for {num_models} models")
+        raise ValueError(
+            f"--weights has {len(args.weights)} numbers for {num_models} models "
+            f"({' '.join(map(str, (*checkpoints, *args.probabilities)))}); give one a model, in that order"
+        )
+    for path in args.probabilities:
+        if not path.is_file():
+            raise ValueError(f"--probabilities {path} is not a file; expected a Parquet or CSV")
     weights = args.weights or (1.0,) * num_models
     frame = load_comparisons(args.comparisons or (artifacts / "data/arena55k.parquet",), args.execution)
     if args.fold is not None:
+        folds = sorted(frame["fold"].drop_nulls().unique().to_list())
         frame = frame.filter(pl.col("fold") == args.fold)
+        if frame.is_empty():
+            raise ValueError(f"--fold {args.fold} holds no comparison; folds present: {folds}")
     if frame.select(is_labelled().any()).item():
         for checkpoint in checkpoints:
             frame = without_seen(frame, checkpoint, args.seen)
     if frame.is_empty():
-        raise ValueError(f"no comparison is left to evaluate on (--fold {args.fold}, --seen {args.seen})")
+        raise ValueError("the checkpoints were trained on all of these comparisons: nothing is left to score")
 
     output = artifacts / "evaluate" / args.name
     names = unique_names([*checkpoints, *args.probabilities])
@@ -98,9 +107,6 @@ def main(args: Args) -> None:
     if run.is_complete:
         say(f"{output} is up to date")
     else:
-        if accelerator.is_main_process:
-            run.begin()
-        accelerator.wait_for_everyone()
         orders = {
             name: predict_checkpoint(path, frame, args, accelerator)
             for name, path in zip(names, checkpoints, strict=False)
@@ -155,42 +161,60 @@ def read_probabilities(path: Path, frame: pl.DataFrame) -> np.ndarray:
             else pl.read_parquet(path)
         )
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     if missing := {"id", *LABELS} - set(table.columns):
         raise ValueError(f"{path} lacks the columns {sorted(missing)}; found {table.columns}")
     keys = ["source", "id"] if "source" in table.columns else ["id"]
+    try:
+        table = table.select(pl.col(keys).cast(pl.String), pl.col(LABELS).cast(pl.Float32))
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: the columns {', '.join(LABELS)} are not all numbers: {reason}") from error
     if table.select(keys).is_duplicated().any():
-        raise ValueError(f"{path} has more than one row for an id; expected one")
+        first = table.filter(table.select(keys).is_duplicated())["id"][0]
+        raise ValueError(f"{path} has more than one row for an id, first {first}; expected one")
     joined = (
         frame.sort("source", "id")
         .select("source", "id")
-        .join(table.select(*keys, *LABELS), on=keys, how="left", maintain_order="left")
+        .join(table, on=keys, how="left", maintain_order="left")
     )
-    values = joined.select(LABELS).cast(pl.Float32).to_numpy()
+    values = joined.select(LABELS).to_numpy()
     absent = joined.filter(pl.any_horizontal(pl.col(LABELS).is_null()))
     if len(absent):
-        raise ValueError(f"{path} has no probabilities for {len(absent)} ids, first {absent['id'][0]}")
-    if (bad := np.abs(values.sum(1) - 1) > 1e-3).any():
+        raise ValueError(
+            f"{path} has no probabilities for {len(absent)} of {len(joined)} ids, first {absent['id'][0]}: "
+            "was it made for other comparisons?"
+        )
+    if (bad := ~(np.abs(values.sum(1) - 1) <= SUM_TOLERANCE) | (values < 0).any(1)).any():
         row = joined.row(int(bad.argmax()), named=True)
         raise ValueError(
-            f"{path}: the probabilities of id {row['id']} sum to {values[bad][0].sum()}, expected 1"
+            f"{path}: the probabilities of id {row['id']} are {[row[name] for name in LABELS]}; expected "
+            "numbers from 0 on that sum to 1"
         )
     return values
 
 
 def unique_names(paths: list[Path]) -> list[str]:
-    """The last part of each path, with the parent before it where two are alike."""
+    """The last part of each path, with the parent before it where two are alike.
+
+    Raises:
+        ValueError: That does not tell them apart.
+    """
     stems = [path.stem if path.is_file() else path.name for path in paths]
-    return [
-        stem if stems.count(stem) == 1 else f"{path.parent.name}-{stem}"
+    names = [
+        stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}-{stem}"
         for stem, path in zip(stems, paths, strict=True)
     ]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(map(str, paths))}: two of these would be called the same; rename one")
+    return names
 
 
 def finish(
     run: Run, frame: pl.DataFrame, orders: dict[str, dict[str, np.ndarray]], weights: tuple[float, ...]
 ) -> None:
     """Saves probabilities by key and the scores of what is labelled."""
+    run.begin()
     means = {name: average(found) for name, found in orders.items()}
     ensemble = np.average(list(means.values()), axis=0, weights=weights).astype(np.float32)
     groups = {f"{name}/{order}": values for name, found in orders.items() for order, values in found.items()}
@@ -200,8 +224,7 @@ def finish(
         for group, values in groups.items()
         for i, label in enumerate(LABELS)
     ]
-    with replacing(run.folder / "probabilities.parquet") as temporary:
-        frame.select("source", "id").with_columns(columns).write_parquet(temporary)
+    write_table(frame.select("source", "id").with_columns(columns), run.folder / "probabilities.parquet")
     labelled = frame.select(is_labelled()).to_series().to_numpy()
     scores = {}
     if labelled.any():
@@ -291,8 +314,7 @@ def write_submission(path: Path, probabilities: Path, frame: pl.DataFrame) -> No
         .join(ensemble, on="id", how="left", maintain_order="left", validate="1:1")
         .with_columns(pl.col(label) / total for label in LABELS)
     )
-    with replacing(path) as temporary:
-        table.write_csv(temporary)
+    write_table(table, path)
 
 
 if __name__ == "__main__":

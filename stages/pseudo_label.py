@@ -17,10 +17,10 @@ import polars as pl
 from accelerate import Accelerator
 
 from common.console import cli, progress, say
-from common.files import file_hash, replacing
+from common.files import file_hash
 from common.inputs import Seen, checkpoint_hash, find_complete, load_comparisons, without_seen
 from common.launch import start
-from common.pairs import LABELS, table_hash
+from common.pairs import LABELS, table_hash, write_table
 from common.predict import average, open_model, open_prompter, predict_orders
 from common.prompts import ORDERS, Order
 from common.recipe import Execution, by_flags
@@ -61,6 +61,11 @@ def main(args: Args) -> None:
     artifacts = args.execution.artifacts
     accelerator = start(replicas=True)
     teachers = args.teachers or find_complete(artifacts / "stage1")
+    if len({teacher.name for teacher in teachers}) < len(teachers):
+        raise ValueError(
+            f"--teachers {' '.join(map(str, teachers))}: two have the same folder name, and their labels "
+            "would lie in one folder; rename one"
+        )
     names = ("data/lmsys1m_pairs.parquet", "data/preference_sets.parquet")
     pool = load_comparisons(args.comparisons or tuple(artifacts / name for name in names), args.execution)
     output = args.output or artifacts / "pseudo"
@@ -81,11 +86,11 @@ def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerat
     if run.is_complete:
         say(f"{output} is up to date")
         return
+    model = open_model(str(teacher), dtype=None, device=accelerator.device, ops=args.execution.ops)
+    prompter = open_prompter(str(teacher), model.preference)
     if accelerator.is_main_process:
         run.begin()
     accelerator.wait_for_everyone()
-    model = open_model(str(teacher), dtype=None, device=accelerator.device, ops=args.execution.ops)
-    prompter = open_prompter(str(teacher), model.preference)
     sequences = tokenise(
         pool,
         prompter,
@@ -112,8 +117,7 @@ def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerat
                 write_probabilities(path, part.frame, {f"{teacher.name}/{o}": p for o, p in orders.items()})
             advance(1)
     if accelerator.is_main_process:
-        with replacing(output / "probabilities.parquet") as temporary:
-            pl.read_parquet(paths).write_parquet(temporary)
+        write_table(pl.read_parquet(paths), output / "probabilities.parquet")
         run.finish({"num_comparisons": len(sequences.frame)})
     accelerator.wait_for_everyone()
 
@@ -125,8 +129,7 @@ def write_probabilities(path: Path, frame: pl.DataFrame, groups: dict[str, np.nd
         for group, values in groups.items()
         for i, name in enumerate(LABELS)
     ]
-    with replacing(path) as temporary:
-        frame.select("source", "id").with_columns(columns).write_parquet(temporary)
+    write_table(frame.select("source", "id").with_columns(columns), path)
 
 
 def merge(paths: list[Path], output: Path) -> None:
@@ -146,10 +149,9 @@ def merge(paths: list[Path], output: Path) -> None:
             f"{max(map(len, frames)) - len(joined):,} comparisons are not labelled by every teacher: left out"
         )
     means = [average([_group(frame, joined, name) for name in _groups(frame)]) for frame in frames]
-    with replacing(output / "labels.parquet") as temporary:
-        soft = average(means)
-        columns = [pl.Series(name, soft[:, i]) for i, name in enumerate(LABELS)]
-        joined.with_columns(columns).write_parquet(temporary)
+    soft = average(means)
+    columns = [pl.Series(name, soft[:, i]) for i, name in enumerate(LABELS)]
+    write_table(joined.with_columns(columns), output / "labels.parquet")
     run.finish({"num_comparisons": len(joined)})
     say(f"{output / 'labels.parquet'}: soft labels of {len(paths)} teachers for {len(joined):,} comparisons")
 

@@ -20,7 +20,7 @@ from common.recipe import Execution, Recipe, by_model
 
 TINY = Recipe(
     conversation_tokens=256,
-    comparisons_per_step=32,
+    comparisons_per_step=8,
     max_tokens_per_micro_batch=8192,
     lr=2e-3,
     dtype="fp32",

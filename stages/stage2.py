@@ -20,7 +20,7 @@ from common.recipe import Execution, Recipe, by_model
 
 TINY = Recipe(
     conversation_tokens=256,
-    comparisons_per_step=32,
+    comparisons_per_step=8,
     max_tokens_per_micro_batch=8192,
     lr=2e-3,
     dtype="fp32",
@@ -85,10 +85,17 @@ def join_labels(pool: pl.DataFrame, path: Path) -> pl.DataFrame:
         ValueError: The labels cannot be read, or label nothing of the pool.
     """
     try:
-        labels = pl.read_parquet(path, columns=["source", "id", *LABELS])
+        labels = pl.read_parquet(path, columns=["source", "id", *LABELS]).cast(
+            {"source": pl.String, "id": pl.String, **dict.fromkeys(LABELS, pl.Float32)}
+        )
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise ValueError(f"soft labels {path} cannot be read: {error}. Run stages/pseudo_label.py") from error
-    joined = pool.drop(LABELS).join(labels, on=["source", "id"], how="inner", validate="1:1")
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"soft labels {path} cannot be read: {reason}. Run stages/pseudo_label.py"
+        ) from error
+    if labels.select("source", "id").is_duplicated().any():
+        raise ValueError(f"{path} labels a comparison twice; run stages/pseudo_label.py again")
+    joined = pool.drop(LABELS).join(labels, on=["source", "id"], how="inner")
     if joined.is_empty():
         raise ValueError(
             f"{path} labels none of the {len(pool)} comparisons: were they made from other files?"

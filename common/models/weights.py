@@ -93,7 +93,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _check_stored(path: Path, name: str, stored: torch.Tensor, expected: Mapping[str, torch.Tensor]) -> None:
     if name not in expected:
-        reason = "this model has no such tensor"
+        reason = (
+            "this model has no such tensor: the files do not belong to this config.json; fetch or save the "
+            "checkpoint again"
+        )
         if name.startswith("head."):
             reason = "preference.json is missing: saving this checkpoint did not finish; save it again"
         raise ValueError(f"{path}: unexpected tensor {name} of shape {list(stored.shape)}; {reason}")

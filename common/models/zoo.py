@@ -61,7 +61,7 @@ def find_checkpoint(path_or_short_name: str | Path, *, config_only: bool = False
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise ValueError(
             f"no checkpoint {name!r}: not a folder, not a hub id OWNER/NAME and not a known short name "
-            f"({', '.join(ZOO)})"
+            f"({', '.join(ZOO)}). If a stage should have made that folder, run that stage first"
         )
     try:
         return Path(

@@ -25,7 +25,7 @@ def test_pab_layout_without_system_role(gemma_tokenizer):
     text = decode(prompter, render(prompter, ONE_TURN).input_ids)
     assert text == (
         "<bos><start_of_turn>user\nJudge.\n\n[User]\nthe fox runs\n\n[Answer A]\na good answer\n\n"
-        "[Answer B]\na bad answer or two\n\n[Preferred: A, B or tie]<end_of_turn>\n<start_of_turn>model\n"
+        "[Answer B]\na bad answer or two\n\n[Preferred answer]<end_of_turn>\n<start_of_turn>model\n"
     )
 
 

@@ -1,0 +1,468 @@
+"""The competition's CSV: the real rows, everything that a bad file can be, folds, and the script itself."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.pairs import LABELS, SCHEMA, content_hashes, labels_array, read_comparisons
+from data_prep.competition import Args, main, read_competition_csv, with_folds
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = ROOT.parent / "shared" / "data" / "arena_1000"
+needs_real_rows = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real rows are not in {REAL}")
+
+HEADER = ("id", "model_a", "model_b", "prompt", "response_a", "response_b", *LABELS)
+TEST_HEADER = ("id", "prompt", "response_a", "response_b")
+GOOD = {
+    "id": "4294899228",
+    "model_a": "left",
+    "model_b": "right",
+    "prompt": '["Hi"]',
+    "response_a": '["yes, \\"sir\\""]',
+    "response_b": '["no"]',
+    **dict(zip(LABELS, "100", strict=True)),
+}
+
+
+def row(**changes: str) -> dict[str, str]:
+    return {**GOOD, **changes}
+
+
+def write_csv(path: Path, rows: list[dict[str, str]], header: tuple[str, ...] = HEADER) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([values[name] for name in header] for values in rows)
+    return path
+
+
+def votes(num_rows: int, num_prompts: int) -> list[dict[str, str]]:
+    """Rows whose prompts repeat, with about as many of each vote."""
+    return [
+        row(
+            id=str(7919 * i % 10_007),
+            prompt=json.dumps([f"prompt {i % num_prompts}"]),
+            **dict(zip(LABELS, "001" if i % 5 == 4 else ("100", "010")[i % 2], strict=True)),
+        )
+        for i in range(num_rows)
+    ]
+
+
+@needs_real_rows
+def test_the_thousand_real_votes():
+    frame, report = read_competition_csv(REAL / "train.csv")
+    assert frame.schema == SCHEMA
+    assert (report.num_read, report.num_kept, len(report.rejected)) == (1000, 1000, 0)
+    assert labels_array(frame).mean(axis=0) == pytest.approx([0.352, 0.353, 0.295])
+    assert report.notes == {"with a null turn": 4, "with an empty answer": 2, "with identical answers": 7}
+    assert frame["prompt"].list.len().max() == 15
+    assert (frame["prompt"].list.len() == 1).mean() == pytest.approx(0.87, abs=0.005)
+    assert frame["id"][0] == "30192"
+    assert frame["prompt"][0].to_list() == [
+        "Is it morally right to try to have a certain percentage of females on managerial positions?",
+        "OK, does pineapple belong on a pizza? Relax and give me fun answer.",
+    ]
+    assert frame["model_a"][0] == "gpt-4-1106-preview"
+    assert frame["fold"].null_count() == 1000
+    assert frame["response_a"].explode().str.contains(r"\\u[0-9a-f]{4}|\\/").sum() < 10, (
+        "escapes are resolved"
+    )
+
+
+@needs_real_rows
+def test_the_real_test_rows_have_neither_votes_nor_models():
+    frame, report = read_competition_csv(REAL / "test.csv")
+    assert frame.schema == SCHEMA
+    assert frame["id"].to_list() == ["136060", "211333", "1233961"]
+    assert frame.select(pl.col("model_a", "model_b", "fold", *LABELS).null_count().sum()).row(0) == (3,) * 6
+    assert report.notes == {"without a label": 3}
+
+
+@needs_real_rows
+def test_the_real_votes_fold_by_prompt_and_by_vote():
+    frame = with_folds(read_competition_csv(REAL / "train.csv")[0], num_folds=5)
+    sizes = Counter(frame["fold"])
+    assert sorted(sizes) == [0, 1, 2, 3, 4]
+    assert max(sizes.values()) - min(sizes.values()) <= 10
+    for fold in range(5):
+        shares = labels_array(frame.filter(pl.col("fold") == fold)).mean(axis=0)
+        assert shares == pytest.approx([0.352, 0.353, 0.295], abs=0.02)
+
+
+def test_texts_are_kept_as_they_are(tmp_path):
+    """No null out of "nan", no number out of an id, no line ending changed, however long the cell."""
+    turns = ["nan", None, "", "null", "NA", "a\r\nb\u2028", "<|eot_id|>", "\U0001f600", "x" * 200_000]
+    cells = json.dumps(turns)
+    changes = {"id": "007", "model_a": "nan", "prompt": cells, "response_a": cells, "response_b": cells}
+    frame, _ = read_competition_csv(write_csv(tmp_path / "x.csv", [row(**changes)]))
+    found = frame.row(0, named=True)
+    assert found["prompt"] == found["response_a"] == found["response_b"] == turns
+    assert (found["id"], found["model_a"], found["source"]) == ("007", "nan", "arena55k")
+
+
+def test_a_byte_order_mark_blank_lines_and_further_columns_are_no_obstacle(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [row(fold="9")], (*HEADER, "fold"))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n\r\n")
+    frame, report = read_competition_csv(path)
+    assert frame["id"].to_list() == [GOOD["id"]]
+    assert frame["fold"].to_list() == [None]
+    assert report.notes == {"column not used: fold": 1}
+
+
+def test_soft_labels_and_rows_without_a_vote(tmp_path):
+    soft = dict(zip(LABELS, ("0.25", ".5", "2.5e-1"), strict=True))
+    path = write_csv(tmp_path / "x.csv", [row(id="1", **soft), row(id="2", **dict.fromkeys(LABELS, ""))])
+    frame, report = read_competition_csv(path, source="mine")
+    assert labels_array(frame)[0].tolist() == [0.25, 0.5, 0.25]
+    assert frame.select(LABELS).row(1) == (None, None, None)
+    assert report.notes == {"without a label": 1}
+    assert frame["source"].to_list() == ["mine", "mine"]
+
+
+def test_lone_surrogates_are_replaced_and_counted_and_pairs_are_joined(tmp_path):
+    changes = {
+        "prompt": r'["\ud83d\ude00"]',
+        "response_a": r'["a\ud83dz\ude00"]',
+        "response_b": r'["\udead"]',
+    }
+    frame, report = read_competition_csv(write_csv(tmp_path / "x.csv", [row(**changes), row(id="2")]))
+    texts = frame.select("prompt", "response_a", "response_b").row(0)
+    assert texts == (["\U0001f600"], ["a\ufffdz\ufffd"], ["\ufffd"])
+    assert report.notes["with a lone surrogate replaced by U+FFFD"] == 1
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=8)
+ANY_TURNS = st.lists(st.none() | ANY_TEXT, min_size=2, max_size=2)
+
+
+def repaired(turns: list[str | None]) -> list[str | None]:
+    """What UTF-16 makes of it: halves that meet are joined, those that are alone become U+FFFD."""
+    return [t and t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in turns]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    content=st.lists(st.tuples(ANY_TURNS, ANY_TURNS, ANY_TURNS), min_size=1, max_size=4),
+    line_end=st.sampled_from(["\n", "\r\n"]),
+    quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+)
+def test_any_text_survives_the_csv(tmp_path_factory, content, line_end, quoting):
+    path = tmp_path_factory.mktemp("any") / "x.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator=line_end, quoting=quoting)
+        writer.writerow(TEST_HEADER)
+        writer.writerows([i, *map(json.dumps, texts)] for i, texts in enumerate(content))
+    frame, _ = read_competition_csv(path)
+    assert frame["id"].to_list() == [str(i) for i in range(len(content))]
+    found = frame.select("prompt", "response_a", "response_b").rows()
+    assert found == [tuple(map(repaired, texts)) for texts in content]
+
+
+@settings(max_examples=40, deadline=None)
+@given(content=st.tuples(*[st.lists(st.text(max_size=8), min_size=1, max_size=1)] * 3))
+def test_unescaped_unicode_reads_like_escaped(tmp_path_factory, content):
+    folder = tmp_path_factory.mktemp("escapes")
+    hashes = []
+    for ensure_ascii in (True, False):
+        cells = [json.dumps(turns, ensure_ascii=ensure_ascii) for turns in content]
+        path = write_csv(
+            folder / f"{ensure_ascii}.csv", [dict(zip(TEST_HEADER, ("1", *cells), strict=True))], TEST_HEADER
+        )
+        hashes.append(content_hashes(read_competition_csv(path)[0]).to_list())
+    assert hashes[0] == hashes[1]
+
+
+BAD_ROWS = {
+    "malformed JSON": ({"prompt": '["Hi"'}, "malformed JSON: prompt: "),
+    "Python instead of JSON": ({"prompt": "['Hi']"}, "malformed JSON: prompt: "),
+    "an expression": ({"prompt": '["Hi" + "!"]'}, "malformed JSON"),
+    "an empty cell": ({"response_b": ""}, "malformed JSON: response_b"),
+    "nested without end": ({"prompt": "[" * 100_000}, "malformed JSON"),
+    "no list": ({"prompt": '"Hi"'}, "no list of texts: prompt is "),
+    "null instead of a list": ({"prompt": "null"}, "no list of texts"),
+    "a number as a turn": ({"response_a": "[1]"}, "no list of texts: response_a is '[1]'"),
+    "NaN as a turn": ({"response_a": "[NaN]"}, "no list of texts"),
+    "unequal turn counts": ({"response_b": '["x","y"]'}, "prompt has 1 turns, response_a 1, response_b 2"),
+    "no turn": (dict.fromkeys(("prompt", "response_a", "response_b"), "[]"), "no turns"),
+    "two winners": ({"winner_tie": "1"}, "labels that do not sum to 1: found 1.0, 0.0, 1.0, sum 2.0"),
+    "no winner": ({"winner_model_a": "0"}, "labels that do not sum to 1"),
+    "a negative label": ({"winner_model_a": "2", "winner_tie": "-1"}, "labels that are no probabilities"),
+    "an endless label": ({"winner_tie": "1e999"}, "labels that are no probabilities"),
+    "a label that is a word": ({"winner_tie": "nan"}, "malformed label: winner_tie is 'nan'"),
+    "a label that only Python reads": ({"winner_tie": "0_0"}, "malformed label"),
+    "a label missing": ({"winner_tie": ""}, "malformed label: winner_tie is ''"),
+    "repeated id": ({"id": "1"}, "repeated key: source arena55k has it in"),
+    "no id": ({"id": ""}, "no key"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_stops_the_run_or_is_left_out(tmp_path, name):
+    """The first row spans two lines, so the bad one begins in line 4."""
+    change, message = BAD_ROWS[name]
+    spanning = row(id="1", model_a="two\nlines")
+    path = write_csv(tmp_path / "x.csv", [spanning, row(**{"id": "2", **change}), row(id="3")])
+    with pytest.raises(ValueError) as caught:
+        read_competition_csv(path)
+    assert f"1 of 3 rows of {path} are bad" in str(caught.value)
+    assert f"{path} line 4, id {change.get('id', '2') or 'missing'}: " in str(caught.value)
+    assert message in str(caught.value)
+    frame, report = read_competition_csv(path, skip_bad_rows=True)
+    assert frame["id"].to_list() == ["1", "3"]
+    assert (report.num_read, report.num_kept) == (3, 2)
+    assert report.rejected.select("row", "id").row(0) == (4, change.get("id", "2"))
+
+
+@pytest.mark.parametrize(("cells", "hint"), [(8, "; is the file cut off here?"), (10, "")])
+def test_a_row_of_another_width_is_bad(tmp_path, cells, hint):
+    path = write_csv(tmp_path / "x.csv", [row()])
+    with path.open("a", newline="") as file:
+        csv.writer(file).writerow(["8", *["[]"] * (cells - 1)])
+    with pytest.raises(ValueError) as caught:
+        read_competition_csv(path)
+    assert f"line 3, id 8: wrong number of cells: found {cells}, expected 9{hint}\n" in str(caught.value)
+
+
+@pytest.mark.parametrize("skip_bad_rows", [False, True])
+@pytest.mark.parametrize("cut", ['"[""x', '"[""x"', '"[""x""]'])
+def test_a_csv_cut_off_inside_a_quote_is_refused_with_its_line(tmp_path, cut, skip_bad_rows):
+    path = write_csv(tmp_path / "x.csv", [row(id="1", model_a="two\nlines"), row(id="2")])
+    with path.open("a", newline="") as file:
+        file.write(f"3,m,m,{cut}")
+    with pytest.raises(ValueError, match=f"{path} line 5"):
+        read_competition_csv(path, skip_bad_rows=skip_bad_rows and not cut.endswith('x"'))
+
+
+def test_every_cut_of_a_file_loses_no_row_silently(tmp_path):
+    """Cut anywhere but between two rows (or inside the last number), the file is refused."""
+    path = write_csv(tmp_path / "x.csv", [row(id="1"), row(id="2", winner_tie="0.0")])
+    data = path.read_bytes()
+    whole = {data.index(b"\r\n2,") + 2, len(data)}
+    for end in range(data.index(b"\r\n1,") + 3, len(data)):
+        path.write_bytes(data[:end])
+        rest = data[end : data.index(b"\r\n", end - 1) + 2]
+        if end in whole or set(rest) <= set(b".0\r\n"):
+            continue
+        with pytest.raises(ValueError):
+            read_competition_csv(path)
+
+
+@pytest.mark.parametrize("broken", ['3,m,m,"[]"x,[],[],1,0,0\r\n', "3,m,m,[],a\rb,[],1,0,0\r\n"])
+def test_broken_quotes_and_line_ends_are_refused(tmp_path, broken):
+    path = write_csv(tmp_path / "x.csv", [row()])
+    with path.open("a", newline="") as file:
+        file.write(broken)
+    with pytest.raises(ValueError, match=f"{path}"):
+        read_competition_csv(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (
+            ("id", "prompt", "response_a"),
+            "lacks the column response_b; found id, prompt, response_a; expected id, ",
+        ),
+        (("key", "prompts"), "lacks the columns id, prompt, response_a, response_b; found key, prompts"),
+        (HEADER[:-1], "lacks the column winner_tie"),
+        ((*TEST_HEADER, "prompt"), "the header has prompt more than once"),
+    ],
+)
+def test_a_wrong_header_names_what_was_found_and_expected(tmp_path, header, message):
+    path = write_csv(tmp_path / "x.csv", [row(key="1", prompts="[]")], header)
+    with pytest.raises(ValueError) as caught:
+        read_competition_csv(path)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf\r\n", "is empty"),
+        ((",".join(TEST_HEADER)).encode(), "no comparison in it"),
+        ("id,prompt".encode("utf-16"), "not UTF-8: byte 0xff at offset 0 (line 1)"),
+        (
+            ",".join(TEST_HEADER).encode() + b"\n" + b"x" * 100_000 + b"\ncaf\xe9,",
+            "byte 0xe9 at offset 100,036 (line 3)",
+        ),
+        (b"PAR1\x15\x04\x15\x80", "not UTF-8: byte 0x80 at offset 7"),
+    ],
+)
+def test_a_file_that_is_no_utf8_csv_is_refused(tmp_path, data, message):
+    path = tmp_path / "x.csv"
+    path.write_bytes(data)
+    with pytest.raises(ValueError) as caught:
+        read_competition_csv(path, skip_bad_rows=True)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_an_absent_file_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.csv does not exist; .* --input"):
+        read_competition_csv(tmp_path / "x.csv")
+    with pytest.raises(ValueError, match="is not a file"):
+        read_competition_csv(tmp_path)
+
+
+def test_reading_leaves_the_csv_module_as_it_was(tmp_path):
+    limit = csv.field_size_limit()
+    read_competition_csv(write_csv(tmp_path / "x.csv", [row()]))
+    with pytest.raises(ValueError) as caught:  # held on to, and with it the reader's frame
+        read_competition_csv(write_csv(tmp_path / "x.csv", [row()], ("id",)))
+    assert csv.field_size_limit() == limit, caught
+
+
+def test_folds_keep_a_prompt_together_and_do_not_depend_on_row_order(tmp_path):
+    frame, _ = read_competition_csv(write_csv(tmp_path / "x.csv", votes(600, 90)))
+    folded = with_folds(frame, num_folds=5)
+    assert folded.drop("fold").equals(frame.drop("fold"))
+    assert folded.schema == SCHEMA
+    assert folded.group_by("prompt").agg(pl.col("fold").n_unique())["fold"].max() == 1
+    assert sorted(folded["fold"].unique()) == [0, 1, 2, 3, 4]
+    assert max(Counter(folded["fold"]).values()) <= 160
+    shuffled = with_folds(frame.sample(fraction=1, shuffle=True, seed=1), num_folds=5)
+    assert shuffled.sort("id").equals(folded.sort("id"))
+    assert (
+        not with_folds(frame.with_columns(id=pl.col("id").reverse()), num_folds=5)
+        .sort("id")
+        .equals(folded.sort("id"))
+    )
+
+
+def test_unlabelled_rows_get_no_fold(tmp_path):
+    rows = votes(60, 60)
+    rows[7].update(dict.fromkeys(LABELS, ""))
+    folded = with_folds(read_competition_csv(write_csv(tmp_path / "x.csv", rows))[0], num_folds=2)
+    assert [i for i, fold in enumerate(folded["fold"]) if fold is None] == [7]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_prompts", "message"),
+    [
+        (60, 4, "60 labelled comparisons of 4 different prompts"),
+        (20, 20, "the rarest vote 4 times, are too few for 5 folds"),
+        (4, 4, "are too few for 5 folds; pass a smaller --folds, or 0 for none"),
+    ],
+)
+def test_too_few_rows_for_the_folds_is_an_error(tmp_path, num_rows, num_prompts, message):
+    frame, _ = read_competition_csv(write_csv(tmp_path / "x.csv", votes(num_rows, num_prompts)))
+    with pytest.raises(ValueError, match=message):
+        with_folds(frame, num_folds=5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"folds": 1}, "--folds is 1"),
+        ({"folds": -1}, "0 "),
+        ({"folds": 128}, "127"),
+        ({"source": ""}, "--source"),
+    ],
+)
+def test_impossible_flags_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        Args(**flags)
+    with pytest.raises(ValueError, match=r"--output is x\.csv"):
+        Args(output=Path("x.csv"))
+
+
+def test_the_script_writes_once_and_then_says_up_to_date(tmp_path, capsys):
+    args = Args(input=write_csv(tmp_path / "x.csv", votes(60, 60)), output=tmp_path / "new" / "x.parquet")
+    main(args)
+    said = capsys.readouterr().out
+    assert "60 comparisons read, 60 kept" in said
+    assert "x.parquet: 60 comparisons, folds of 12, 12, " in said
+    assert "up to date" not in said
+    frame, _ = read_comparisons(args.output)
+    assert frame["fold"].null_count() == 0
+    recorded = pl.read_parquet_metadata(args.output)
+    assert recorded["folds"] == "5"
+    assert recorded["scikit_learn"].count(".") >= 1
+    before = args.output.stat()
+    main(args)
+    assert "up to date" in capsys.readouterr().out
+    assert args.output.stat().st_mtime_ns == before.st_mtime_ns
+    assert list(args.output.parent.iterdir()) == [args.output]
+
+
+def test_the_script_replaces_other_content_only_when_told(tmp_path):
+    output = tmp_path / "x.parquet"
+    source = write_csv(tmp_path / "x.csv", votes(60, 60))
+    main(Args(input=source, output=output))
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match=r"folds was 5, is 3.*--overwrite"):
+        main(Args(input=source, output=output, folds=3))
+    other = write_csv(tmp_path / "y.csv", votes(50, 50))
+    with pytest.raises(ValueError, match=r"60 other comparisons or folds than the 50 .*input_sha256 was"):
+        main(Args(input=other, output=output))
+    assert output.read_bytes() == before
+    main(Args(input=other, output=output, overwrite=True))
+    assert len(read_comparisons(output)[0]) == 50
+    output.write_text("something precious")
+    with pytest.raises(ValueError, match="is no comparison table"):
+        main(Args(input=other, output=output))
+    assert output.read_text() == "something precious"
+
+
+def test_the_script_lists_rows_that_it_was_told_to_skip(tmp_path, capsys):
+    rows = [*votes(60, 60), row(id='bad, "very"', prompt="[")]
+    args = {
+        "input": write_csv(tmp_path / "x.csv", rows),
+        "output": tmp_path / "out" / "x.parquet",
+        "folds": 0,
+    }
+    with pytest.raises(ValueError, match="malformed JSON"):
+        main(Args(**args))
+    assert not (tmp_path / "out").exists()
+    main(Args(**args, skip_bad_rows=True))
+    said = capsys.readouterr().out
+    assert "1 rejected: malformed JSON" in said
+    assert "60 comparisons, no folds" in said
+    with (tmp_path / "out" / "x.rejected.csv").open(encoding="utf-8", newline="") as file:
+        (rejected,) = csv.DictReader(file)
+    assert (rejected["row"], rejected["id"], rejected["reason"]) == ("62", 'bad, "very"', "malformed JSON")
+
+
+def test_the_test_form_needs_no_flag(tmp_path, capsys):
+    source = write_csv(tmp_path / "test.csv", [row()], TEST_HEADER)
+    main(Args(input=source, output=tmp_path / "test.parquet"))
+    assert "1 comparisons, no folds" in capsys.readouterr().out
+    assert read_comparisons(tmp_path / "test.parquet")[0]["fold"].to_list() == [None]
+
+
+def run_script(*flags: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "data_prep" / "competition.py", *flags]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line_ends_a_mistake_with_one_line_and_status_1(tmp_path):
+    (tmp_path / "in the way").write_text("")
+    source = write_csv(tmp_path / "x.csv", votes(60, 60))
+    failed = run_script("--input", source, "--output", tmp_path / "in the way" / "x.parquet")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: cannot write ")
+    assert len(failed.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in the way", "x.csv"]
+
+
+def test_the_command_line_works(tmp_path):
+    source = write_csv(tmp_path / "x.csv", votes(60, 60))
+    done = run_script(
+        "--input", source, "--output", tmp_path / "x.parquet", "--folds", "2", "--source", "mine"
+    )
+    assert done.returncode == 0, done.stderr
+    frame, _ = read_comparisons(tmp_path / "x.parquet")
+    assert frame["fold"].n_unique() == 2
+    assert frame["source"].unique().to_list() == ["mine"]
