@@ -72,9 +72,9 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
 
 
 def _reason(error: OSError) -> str:
-    """What the system said; where it names a file that stands in a folder's place, in clearer words."""
+    """What the system said, in clearer words where they are misleading ("File exists")."""
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return f"{error.filename} is a file, not a folder"
+        return "a file stands where that path needs a folder"
     return error.strerror or str(error)
 
 

@@ -240,8 +240,13 @@ def _trained_on(train: pl.DataFrame, parent: Path) -> pl.Series:
 def _unseen(held_out: pl.DataFrame, trained_on: pl.Series) -> pl.DataFrame:
     """Held-out rows that no ancestor was trained on; the others are counted."""
     seen = content_hashes(held_out).is_in(trained_on.implode())
+    if seen.all():
+        raise ValueError(
+            "every held-out comparison was trained on by this model or an ancestor: there is nothing to score. "
+            "Take another --held-out-fold, or --final in stage 3"
+        )
     if seen.any():
-        say(f"{seen.sum()} held-out rows were trained on by an ancestor and are not scored")
+        say(f"{seen.sum():,} held-out rows were trained on by an ancestor and are not scored")
     return held_out.filter(~seen)
 
 

@@ -152,6 +152,11 @@ def tokenise(
 def _read(folder: Path, key: str, num_rows: int) -> tuple[datasets.Dataset, dict[str, np.ndarray]]:
     """The cached dataset, and its columns but the tokens; ValueError where the files are damaged."""
     way_out = "delete that folder and start again: it will be tokenised anew"
+    if not folder.is_dir():
+        raise ValueError(
+            f"{folder} is not there, though the first process has made it: every machine must see the same "
+            "artifacts folder"
+        )
     if read_json(folder / "info.json").get("key") != key:
         raise ValueError(f"{folder} is not the token cache that its name says; {way_out}")
     try:

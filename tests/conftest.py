@@ -6,14 +6,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+from helpers import make_tokenizer
 
 torch.set_num_threads(1)
 
@@ -21,14 +16,10 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def gemma_tokenizer():
     """A byte-level BPE tokenizer with Gemma's control tokens and chat template (no system role)."""
-    from helpers import make_tokenizer
-
     return make_tokenizer("gemma")
 
 
 @pytest.fixture(scope="session")
 def llama_tokenizer():
     """A byte-level BPE tokenizer with Llama-3's control tokens and chat template."""
-    from helpers import make_tokenizer
-
     return make_tokenizer("llama")

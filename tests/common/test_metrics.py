@@ -54,7 +54,7 @@ def test_float32_rows_are_summed_in_float64():
 @pytest.mark.parametrize(
     ("probabilities", "labels", "message"),
     [
-        ([[0.5, 0.2, 0.2]], [[1, 0, 0]], r"1 of 1 rows .* row 0 .* sum 0.9000"),
+        ([[0.5, 0.2, 0.298]], [[1, 0, 0]], r"1 of 1 rows .* row 0 .* sum 0.9980"),
         ([[1.2, -0.2, 0.0]], [[1, 0, 0]], "row 0"),
         ([[0.2, 0.2, 0.6], [np.nan, 0.5, 0.5]], ONE_HOT[:2], "row 1"),
         ([[0.2, 0.2, 0.6]], [[np.nan] * 3], "row 0"),

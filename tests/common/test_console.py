@@ -1,0 +1,190 @@
+"""What people see: one line for a mistake, progress with and without a terminal, one process that speaks."""
+
+import io
+import re
+import sys
+from dataclasses import dataclass
+
+import pytest
+from rich.console import Console
+
+from common import console
+from common.console import cli, progress, say, show_table
+
+
+@dataclass(frozen=True)
+class Args:
+    """A command."""
+
+    number: int = 1
+    """Any number."""
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise ValueError(f"--number is {self.number}, expected at least 0")
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Calls `cli` with a command line; returns the exit status (0 when it just returns)."""
+
+    def run(main, *words):
+        monkeypatch.setattr(sys, "argv", ["command", *words])
+        try:
+            cli(main)
+        except SystemExit as end:
+            return end.code
+        return 0
+
+    return run
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A screen that somebody watches."""
+    screen = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(console, "console", screen)
+    return screen.file
+
+
+# cli
+
+
+def test_arguments_reach_main(command):
+    seen = []
+
+    def main(args: Args) -> None:
+        seen.append(args.number)
+
+    assert command(main, "--number", "7") == 0 and command(main) == 0
+    assert seen == [7, 1]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("prompt has 2 turns"), "error: prompt has 2 turns"),
+        (
+            OSError(28, "No space left on device", "/x"),
+            "error: OSError: [Errno 28] No space left on device: '/x'",
+        ),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_status_1(command, capsys, error, line):
+    def main(args: Args) -> None:
+        raise error
+
+    assert command(main) == 1
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_another_process_says_which_one_it_is(command, capsys, monkeypatch):
+    def main(args: Args) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setenv("RANK", "3")
+    assert command(main) == 1
+    assert capsys.readouterr().err == "error (process 3): no\n"
+
+
+def test_an_interruption_says_how_to_go_on(command, capsys):
+    def main(args: Args) -> None:
+        raise KeyboardInterrupt
+
+    assert command(main) == 130
+    assert "start the same command again to continue" in capsys.readouterr().err
+
+
+def test_our_own_defects_keep_their_traceback(command):
+    def main(args: Args) -> None:
+        raise AssertionError("an invariant")
+
+    with pytest.raises(AssertionError, match="an invariant"):
+        command(main)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(("--nubmer", "1"), "--nubmer"), (("--number", "x"), "'x'"), (("--number", "-1"), "--number is -1")],
+)
+def test_an_unreadable_command_line_is_status_2(command, capsys, words, expected):
+    def main(args: Args) -> None:
+        pytest.fail("main must not run")
+
+    assert command(main, *words) == 2
+    found = capsys.readouterr()
+    assert expected in found.err + found.out and "Traceback" not in found.err
+
+
+# progress
+
+
+def drawn(screen):
+    """What stands on the screen in the end, without control codes."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()).splitlines()[-1]
+
+
+def test_a_bar_where_somebody_watches(terminal):
+    with progress("training", 4, "steps", start=1) as advance:
+        advance(1, "loss 1.1")
+        advance(2, "loss 0.9")
+    last = drawn(terminal)
+    assert "training" in last and "4/4" in last and "steps" in last and "/s" in last
+    assert "loss 0.9" in last and "loss 1.1" not in last
+
+
+def test_lines_where_nobody_watches(capsys, monkeypatch):
+    clock = iter([0.0, 1.0, 2.0, 20.0, 21.0, 40.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with progress("training", 1005, "steps", start=1000) as advance:
+        for loss in (5, 4, 3, 2, 1):
+            advance(1, f"loss {loss}")
+    assert capsys.readouterr().out.splitlines() == [
+        "training: 1,003/1,005 steps, 0.1/s, 13 s left, loss 3",  # 15 seconds have passed: 3 steps in 20
+        "training: 1,005/1,005 steps, 0.1/s, 0 s left, loss 1",
+    ]
+
+
+def test_the_end_is_always_told(capsys):
+    with progress("tokenising", 3, "rows") as advance:
+        for _ in range(3):
+            advance(1)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line.startswith("tokenising: 3/3 rows, ") and line.endswith(" s left")
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_an_error_passes_through_progress(watched, request):
+    if watched:
+        request.getfixturevalue("terminal")
+    with pytest.raises(ValueError, match="in the midst"), progress("training", 2, "steps") as advance:
+        advance(1)
+        raise ValueError("in the midst")
+
+
+# One process speaks for all
+
+
+def test_only_the_first_process_speaks(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    say("hello")
+    show_table("title", ("a",), [(1,)])
+    with progress("training", 1, "steps") as advance:
+        advance(1)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    say("hello")
+    assert capsys.readouterr().out == "hello\n"
+
+
+def test_a_line_is_printed_as_it_is(capsys):
+    text = "[bold]not markup[/bold] " + "x" * 300
+    say(text)
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_a_table_shows_every_cell_whole(capsys):
+    name = "tiny-gemma/swapped-and-a-rather-long-name"
+    show_table("scores", ("model", "log loss"), [(name, 1.25), ("ensemble", None)])
+    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    assert rows == [[name, "1.25"], ["ensemble", "-"]]

@@ -1,0 +1,61 @@
+"""The justfile picks the launch that fits machine and model."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from helpers import ROOT
+
+pytestmark = pytest.mark.skipif(shutil.which("just") is None, reason="just is not on the PATH")
+
+
+def dry(*arguments, **environment):
+    """The command lines that just would run, words only."""
+    found = subprocess.run(
+        ["just", "--dry-run", *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    return found.stderr
+
+
+@pytest.mark.parametrize(
+    ("gpus", "model", "config"),
+    [
+        ("8", "gemma27b", "fsdp_27b.yaml"),
+        ("4", "gemma9b", "fsdp_9b.yaml"),
+        ("4", "armorm8b", "fsdp_9b.yaml"),
+        ("2", "tiny-gemma", "ddp.yaml"),
+    ],
+)
+def test_several_gpus_take_the_models_configuration(gpus, model, config):
+    assert f"accelerate_configs/{config}" in dry(f"gpus={gpus}", "_train", "stage1", model)
+
+
+@pytest.mark.parametrize("gpus", ["0", "1"])
+def test_one_process_needs_no_launcher(gpus):
+    found = dry(f"gpus={gpus}", "_train", "stage1", "tiny-gemma")
+    assert "accelerate" not in found and found.startswith("python3")
+
+
+def test_several_machines_shard_within_and_replicate_over(monkeypatch):
+    found = dry(
+        "gpus=8", "_train", "stage1", "gemma27b", MACHINES="2", MACHINE_RANK="1", MAIN_IP="10.0.0.1"
+    )
+    assert "fsdp_27b_multinode.yaml" in found
+    assert "--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 8" in found
+    assert "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1" in found
+
+
+def test_labelling_and_evaluation_hold_replicas():
+    for recipe in ("pseudo-label", "evaluate"):
+        assert "accelerate_configs/ddp.yaml" in dry("gpus=4", recipe)
+
+
+def test_submit_says_that_there_is_no_bundle_yet():
+    found = subprocess.run(["just", "submit"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1 and "bundle is not built" in found.stderr
