@@ -170,22 +170,18 @@ def together(commands: list[list[str]]) -> None:
     Raises:
         ValueError: One of them failed; its command and its last lines are named.
     """
-    threads = max(1, (os.cpu_count() or 1) // len(commands))
     with ThreadPoolExecutor(len(commands)) as pool:
-        failures = [
-            found for found in pool.map(lambda c: run_one(c, threads, len(commands)), commands) if found
-        ]
+        failures = [found for found in pool.map(run_one, commands) if found]
     if failures:
         raise ValueError("; ".join(failures))
 
 
-def run_one(command: list[str], threads: int, num_together: int) -> str | None:
-    """Runs one command; returns what went wrong, or None."""
+def run_one(command: list[str]) -> str | None:
+    """Runs one command on one thread; returns what went wrong, or None."""
     shown = shlex.join(["python", *command[1:]])
     say(f"$ {shown}")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
-    name = next((model for model in MODELS for word in command if word.startswith(model)), "")
-    prefix = f"[{name}] " if num_together > 1 and name else ""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
+    prefix = f"[{command[2]}] " if command[2] in MODELS else ""
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:

@@ -46,7 +46,7 @@ class Args:
     comparisons: tuple[Path, ...] = ()
     """Comparison tables; by default arena55k.parquet below <artifacts>/data."""
     fold: int | None = None
-    """Only this fold of the comparisons."""
+    """Only this fold; by default fold 0 of the default comparisons, and all of named ones."""
     weights: tuple[float, ...] = ()
     """Ensemble weights, one a checkpoint, then one a file of probabilities; equal by default."""
     orders: tuple[Order, ...] = ORDERS
@@ -61,8 +61,8 @@ class Args:
     """Tokens per rank per micro-batch."""
 
     def __post_init__(self) -> None:
-        if not self.orders:
-            raise ValueError(f"--orders is empty, expected one or both of {ORDERS}")
+        if not self.orders or len(set(self.orders)) < len(self.orders):
+            raise ValueError(f"--orders is {self.orders}, expected one or both of {ORDERS}")
         if self.weights and (min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ValueError(f"--weights is {self.weights}, expected numbers >= 0 with a sum above 0")
 
@@ -82,11 +82,12 @@ def main(args: Args) -> None:
             raise ValueError(f"--probabilities {path} is not a file; expected a Parquet or CSV")
     weights = args.weights or (1.0,) * num_models
     frame = load_comparisons(args.comparisons or (artifacts / "data/arena55k.parquet",), args.execution)
-    if args.fold is not None:
+    fold = 0 if args.fold is None and not args.comparisons else args.fold
+    if fold is not None:
         folds = sorted(frame["fold"].drop_nulls().unique().to_list())
-        frame = frame.filter(pl.col("fold") == args.fold)
+        frame = frame.filter(pl.col("fold") == fold)
         if frame.is_empty():
-            raise ValueError(f"--fold {args.fold} holds no comparison; folds present: {folds}")
+            raise ValueError(f"--fold {fold} holds no comparison; folds present: {folds}")
     if frame.select(is_labelled().any()).item():
         for checkpoint in checkpoints:
             frame = without_seen(frame, checkpoint, args.seen)

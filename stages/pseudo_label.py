@@ -51,8 +51,8 @@ class Args:
     """Tokens per rank per micro-batch."""
 
     def __post_init__(self) -> None:
-        if not self.orders:
-            raise ValueError(f"--orders is empty, expected one or both of {ORDERS}")
+        if not self.orders or len(set(self.orders)) < len(self.orders):
+            raise ValueError(f"--orders is {self.orders}, expected one or both of {ORDERS}")
         if self.comparisons_per_shard < 1:
             raise ValueError(f"--comparisons-per-shard is {self.comparisons_per_shard}, expected at least 1")
 
