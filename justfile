@@ -36,7 +36,7 @@ demo *args: setup
 
 # All tests
 test *args: setup
-    {{python}} -m pytest "$@"
+    {{python}} -m pytest --numprocesses 2 --dist loadfile "$@"
 
 # Lint and formatting, read only
 check: setup

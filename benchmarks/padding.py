@@ -1,6 +1,6 @@
 """Forward and backward, packed, beside transformers' padded batches: same weights, same sequences.
 
-Run   python benchmarks/padding.py [--checkpoint artifacts/demo/models/tiny-gemma] [--device cuda --dtype bf16]
+Run   python benchmarks/padding.py [--checkpoint google/gemma-2-9b-it --device cuda --dtype bf16]
 
 Lengths are log-normal around `--median-tokens` (real votes: 515). Padded batches hold as many sequences as
 fill the same token budget, padding included; "sorted" sorts by length first, which a user gets from a

@@ -87,9 +87,8 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
     if execution.dry_run:
         return {}
     trained_on = _trained_on(task.train, parent)
-    model = _load(
-        task, execution, accelerator
-    )  # before anything is written that a bad checkpoint would spoil
+    # Before anything is written: a bad checkpoint leaves no folder behind.
+    model = _load(task, execution, accelerator)
     if accelerator.is_main_process:
         run.begin()
     accelerator.wait_for_everyone()
@@ -242,8 +241,8 @@ def _unseen(held_out: pl.DataFrame, trained_on: pl.Series) -> pl.DataFrame:
     seen = content_hashes(held_out).is_in(trained_on.implode())
     if seen.all():
         raise ValueError(
-            "every held-out comparison was trained on by this model or an ancestor: there is nothing to score. "
-            "Take another --held-out-fold, or --final in stage 3"
+            "every held-out comparison was trained on by this model or an ancestor, so there is nothing to "
+            "score. Take another --held-out-fold, or --final in stage 3"
         )
     if seen.any():
         say(f"{seen.sum():,} held-out rows were trained on by an ancestor and are not scored")

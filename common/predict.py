@@ -1,6 +1,7 @@
 """Probabilities for comparisons: length-sorted packed batches over all ranks, orders mirrored back."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -74,7 +75,7 @@ def predict(
     *,
     max_tokens: int,
     device: torch.device | str,
-    description: str = "predicting",
+    description: str | None = "predicting",
 ) -> np.ndarray:
     """Class probabilities of every sequence, as the model saw it (a swapped one is not mirrored back here).
 
@@ -83,6 +84,7 @@ def predict(
     Args:
         model: `model(packed) -> logits_SC`.
         max_tokens: Tokens per rank per micro-batch.
+        description: Of the progress bar; None shows none.
 
     Returns:
         float32 [sequences, classes], the same on every rank.
@@ -96,7 +98,12 @@ def predict(
     was_training = model.training
     model.eval()
     found = torch.zeros(len(sequences.lengths), len(collate.filler.labels), device=device)
-    with progress(description, len(plan), "micro-batches") as advance:
+    bar = (
+        nullcontext(lambda n: None)
+        if description is None
+        else progress(description, len(plan), "micro-batches")
+    )
+    with bar as advance:
         for indices in plan:
             logits_SC = model(collate([sequences[i] for i in indices]).to(device))
             if indices:
@@ -122,7 +129,7 @@ def predict_orders(
     *,
     max_tokens: int,
     device: torch.device | str,
-    description: str = "predicting",
+    description: str | None = "predicting",
 ) -> dict[str, np.ndarray]:
     """Probabilities of comparisons rendered in one format, by the order in which the answers were shown.
 

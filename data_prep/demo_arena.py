@@ -1,6 +1,6 @@
 """A small synthetic arena in the competition's CSV form, and two tiny checkpoints: all runs anywhere.
 
-In    nothing; or --train-csv, real votes, for which only the checkpoints are made (tokenizers trained on them)
+In    nothing; or --train-csv, real votes, for which only checkpoints are made (their tokenizers on those)
 Out   artifacts/demo/raw/ : train.csv, pool.csv, test.csv, truth.parquet (true probabilities), arena.json
       artifacts/demo/models/tiny-gemma, tiny-llama : random weights in the published file formats
 Run   python data_prep/demo_arena.py
@@ -307,7 +307,8 @@ LLAMA_CONTROL = {
 LLAMA_TEMPLATE = """\
 {{ bos_token }}\
 {% for message in messages %}\
-{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}\
+{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}\
+{{ message.content | trim + '<|eot_id|>' }}\
 {% endfor %}\
 {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""
 

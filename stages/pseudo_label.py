@@ -112,6 +112,7 @@ def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerat
                 part,
                 max_tokens=args.max_tokens_per_micro_batch,
                 device=accelerator.device,
+                description=None,
             )
             if accelerator.is_main_process:
                 write_probabilities(path, part.frame, {f"{teacher.name}/{o}": p for o, p in orders.items()})

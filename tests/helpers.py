@@ -9,7 +9,6 @@ from pathlib import Path
 
 import polars as pl
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
     Gemma2ForSequenceClassification,
@@ -19,7 +18,13 @@ from transformers import (
 )
 
 from common.pairs import SCHEMA
-from common.prompts import INSTRUCTION, PIECES
+from data_prep.demo_arena import (
+    GEMMA_CONTROL,
+    GEMMA_TEMPLATE,
+    LLAMA_CONTROL,
+    LLAMA_TEMPLATE,
+    train_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
@@ -45,51 +50,12 @@ WORDS = [
     "fine",
 ]
 
-GEMMA_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
-    "{% endif %}{% for message in messages %}{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] "
-    "| trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}"
-    "{% endif %}"
-)
-LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
-    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-CONTROL = {
-    "gemma": ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"],
-    "llama": [
-        "<|begin_of_text|>",
-        "<|end_of_text|>",
-        "<|start_header_id|>",
-        "<|end_header_id|>",
-        "<|eot_id|>",
-        "[PAD]",
-    ],
-}
+FAMILIES = {"gemma": (GEMMA_CONTROL, GEMMA_TEMPLATE), "llama": (LLAMA_CONTROL, LLAMA_TEMPLATE)}
 
 
 def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of about 600 tokens in the form of a published one."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=CONTROL[family],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), *PIECES, INSTRUCTION] * 3, trainer)
-    names = {
-        "gemma": {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"},
-        "llama": {"pad_token": "[PAD]", "eos_token": "<|eot_id|>", "bos_token": "<|begin_of_text|>"},
-    }[family]
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    others = [token for token in CONTROL[family] if token not in names.values()]
-    fast.add_special_tokens({"additional_special_tokens": others})
-    fast.chat_template = GEMMA_TEMPLATE if family == "gemma" else LLAMA_TEMPLATE
-    return fast
+    """A byte-level BPE tokenizer of a few hundred tokens in the form of a published one."""
+    return train_tokenizer([" ".join(WORDS)] * 3, *FAMILIES[family])
 
 
 def make_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
@@ -122,7 +88,7 @@ def make_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
 def make_comparisons(
     count: int, *, seed: int = 0, source: str = "test", labelled: bool = True
 ) -> pl.DataFrame:
-    """Random comparisons of one to three turns in which the answer with more of the word "good" tends to win."""
+    """Random comparisons of one to three turns; the answer with more of the word "good" wins."""
     draw = random.Random(seed)
 
     def text(longest: int) -> str:

@@ -43,9 +43,7 @@ def test_one_process_needs_no_launcher(gpus):
 
 
 def test_several_machines_shard_within_and_replicate_over(monkeypatch):
-    found = dry(
-        "gpus=8", "_train", "stage1", "gemma27b", MACHINES="2", MACHINE_RANK="1", MAIN_IP="10.0.0.1"
-    )
+    found = dry("gpus=8", "_train", "stage1", "gemma27b", MACHINES="2", MACHINE_RANK="1", MAIN_IP="10.0.0.1")
     assert "fsdp_27b_multinode.yaml" in found
     assert "--parallelism_config_dp_replicate_size 2 --parallelism_config_dp_shard_size 8" in found
     assert "--num_machines 2 --machine_rank 1 --main_process_ip 10.0.0.1" in found

@@ -25,6 +25,7 @@ from common.recipe import Recipe
 from common.runs import Run
 
 SMALL = ("--conversation-tokens", 128, "--comparisons-per-step", 12, "--lr", "3e-3", "--tracker", "none")
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -170,6 +171,7 @@ def test_checkpoints_that_are_none_of_ours(world, teacher, tmp_path):
         (("stage1", "tiny-gemma", "--accumulation", "stochastic"), ("--dtype bf16", "--accumulation fp32")),
         (("stage1", "tiny-gemma", "--keep-states", "0"), ("--keep-states 0", "at least 1")),
         (("pseudo_label", "--comparisons-per-shard", "0"), ("--comparisons-per-shard is 0", "at least 1")),
+        (("pseudo_label", "--orders", "given", "given"), ("--orders is", "one or both")),
         (("evaluate", "--weights", "1", "-1"), ("--weights is (1.0, -1.0)", ">= 0")),
     ],
 )
@@ -180,6 +182,7 @@ def test_unknown_names_flags_and_values(words, expected):
     assert all(part in text for part in expected), text
 
 
+@needs_no_gpu
 def test_a_gpu_recipe_on_a_cpu(world, tmp_path):
     data = ("--checkpoint", world / "gemma", "--votes", world / "votes.parquet", "--artifacts", tmp_path)
     words = ("stage1", "gemma9b", *data)
@@ -493,6 +496,7 @@ def run(words, environment=None, launcher=()):
     )
 
 
+@needs_no_gpu
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
@@ -512,7 +516,7 @@ def test_a_process_ends_with_one_line_and_a_status(world, tmp_path, environment,
     assert not (tmp_path / "artifacts").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with GPUs this launch connects")
+@needs_no_gpu
 def test_an_unconnected_launch_of_several_processes(world, tmp_path):
     """Without a GPU, Accelerate starts two processes that do not know of each other, with status 0."""
     config = ("--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2")

@@ -1,5 +1,6 @@
 """The whole story at toy size: two teachers, soft labels, two students, finals, scores, a submission."""
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,8 @@ import pytest
 import torch
 from calling import call, snapshot
 from helpers import ROOT, make_comparisons
+from launching import launch
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -312,6 +315,22 @@ def assert_close_labels(found, expected):
     np.testing.assert_allclose(found.select(columns), expected.select(columns), atol=1e-6)
 
 
+def test_two_processes_label_and_score_the_same(story, teachers, tmp_path):
+    shutil.copytree(story.artifacts / "stage3", teachers.artifacts / "stage3")
+    for script, *flags in (teachers.commands["pseudo_label"], teachers.commands["evaluate"]):
+        launch("2", f"stages/{script}.py", *flags)
+    assert_close_labels(read_labels(teachers), read_labels(story))
+    name = "evaluate/evaluation/probabilities.parquet"
+    assert_close_labels(*(pl.read_parquet(one.artifacts / name) for one in (teachers, story)))
+
+
+def test_labelling_shows_one_bar_on_a_terminal(teachers, monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=160)
+    monkeypatch.setattr("common.console.console", screen)
+    call(*teachers.commands["pseudo_label"], "--comparisons-per-shard", 20)
+    assert "labelling with tiny-llama" in screen.file.getvalue() and "3/3" in screen.file.getvalue()
+
+
 def test_row_order_of_the_pool_changes_nothing(story, teachers, tmp_path):
     pool = pl.read_parquet(story.pool)
     shuffled = pool.sample(fraction=1, shuffle=True, seed=1)
@@ -596,7 +615,33 @@ def test_a_changed_tokenizer_is_refused_wherever_text_meets_model(story, tmp_pat
     assert not {"pseudo", "evaluate", "stage3"} & {path.name for path in artifacts.iterdir()}
 
 
-# A dry run
+# A bare command, a dry run
+
+
+def test_every_script_finds_its_inputs_by_itself(story, tmp_path):
+    """Where everything lies under its usual name, no path is named; evaluation takes the held-out fold."""
+    artifacts = tmp_path / "artifacts"
+    for stage in ("stage1", "stage2", "stage3"):
+        shutil.copytree(story.artifacts / stage, artifacts / stage)
+    votes, pool = pl.read_parquet(story.votes), pl.read_parquet(story.pool)
+    for name, part in (
+        ("arena55k", votes[:100]),
+        ("arena33k", votes[100:]),
+        ("lmsys1m_pairs", pool[:30]),
+        ("preference_sets", pool[30:]),
+    ):
+        write_comparisons(part, artifacts / f"data/{name}.parquet")
+    where = ("--artifacts", artifacts)
+    call("pseudo_label", *where)
+    assert read_labels(Story(story.world, artifacts)).equals(read_labels(story))
+    call("evaluate", *where)
+    scores = read_json(artifacts / "evaluate/evaluation/scores.json")
+    assert scores["ensemble"]["num_comparisons"] == votes[:100].filter(pl.col("fold") == 0).height
+    for stage, model in (("stage1", "armorm8b"), ("stage2", "armorm8b"), ("stage3", "tiny-llama")):
+        shutil.rmtree(artifacts / "stage3", ignore_errors=True)
+        checkpoint = () if stage == "stage3" else ("--checkpoint", story.world / "llama")
+        rows = tables(call(stage, model, *where, *checkpoint, "--dry-run").stdout)
+        assert rows["comparisons"] == ["60" if stage == "stage2" else "120"]
 
 
 def test_dry_run_prints_what_a_run_would_be_and_trains_nothing(story, tmp_path):
