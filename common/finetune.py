@@ -70,22 +70,23 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
         )
     for frame in (task.train, task.held_out):
         _check_labelled(frame, task)
-    parent = find_checkpoint(task.checkpoint)
+    parent = find_checkpoint(task.checkpoint, weights=not execution.dry_run)
     prompter = Prompter(
         load_tokenizer(parent),
         conversation_tokens=recipe.conversation_tokens,
         instruction=task.instruction,
     )
     parent_preference = _parent_preference(parent, prompter)
+    if execution.dry_run:
+        _describe(task, _tokenise(task.train, prompter, task, execution, accelerator), accelerator)
+        return {}
     run, lineage = _open_run(task, parent, prompter, accelerator)
-    if run.is_complete and not execution.dry_run:
+    if run.is_complete:
         say(f"{task.output} is up to date")
         return run.metrics
 
     sequences = _tokenise(task.train, prompter, task, execution, accelerator)
     _describe(task, sequences, accelerator)
-    if execution.dry_run:
-        return {}
     trained_on = _trained_on(task.train, parent)
     # Before anything is written: a bad checkpoint leaves no folder behind.
     model = _load(task, execution, accelerator)

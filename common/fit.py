@@ -173,7 +173,8 @@ def _mean_loss(
         if dist.is_initialized():
             everyone = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, own)
-        names = [sequences.name(row) for rows in everyone for row in rows if row >= 0]
+        rows = sorted({row for of_rank in everyone for row in of_rank if row >= 0})
+        names = [sequences.name(row) for row in rows]
         raise ValueError(
             f"step {step + 1}: the {'loss' if num_bad else 'gradient'} is not finite"
             + (f" for {', '.join(names[:10])} ({len(names)} comparisons)" if names else "")

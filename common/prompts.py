@@ -7,6 +7,7 @@ PAB:   for every turn: the user's text, answer A, answer B.
 PAPB:  the whole conversation with A, then the whole conversation with B.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -282,10 +283,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identity of a tokenizer by what it does: vocabulary, control tokens, and ids of probe texts.
+    """Identity of a tokenizer by what it does: vocabulary, merges, control tokens, and ids of probe texts.
 
-    The serialised form is not hashed: it changes between library versions.
+    The serialised form as a whole is not hashed: it changes between library versions.
     """
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
+    merged = "\n".join(pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
     vocabulary = "\n".join(f"{token!r} {i}" for token, i in sorted(tokenizer.get_vocab().items()))
     special = repr(sorted(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)))
     probes = [
@@ -293,7 +296,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         for probe in PROBES
         for split in (False, True)
     ]
-    return text_hash(vocabulary, special, *probes)
+    return text_hash(vocabulary, merged, special, *probes)
 
 
 def _chat_markup(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:

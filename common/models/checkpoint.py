@@ -93,7 +93,7 @@ def load_model(
             missing, truncated or half-written; a tensor that is missing, unexpected, misshapen or not finite.
     """
     check_backend(ops)
-    folder = find_checkpoint(path_or_short_name, config_only=not materialise)
+    folder = find_checkpoint(path_or_short_name, weights=materialise)
     config = read_config(folder)
     preference = _read_preference(folder)
     policy = _policy(config, preference, dtype, {"sliding_window": sliding_window, "softcap": softcap})

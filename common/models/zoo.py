@@ -25,23 +25,16 @@ ZOO = {
     "tiny-llama": Checkpoint("artifacts/demo/models/tiny-llama", "llama"),
 }
 
-_CONFIG_FILES = ["config.json", "preference.json"]
-_CHECKPOINT_FILES = [
-    *_CONFIG_FILES,
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "chat_template*",
-]
+_SMALL_FILES = ["config.json", "preference.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]
+_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
 
 
-def find_checkpoint(path_or_short_name: str | Path, *, config_only: bool = False) -> Path:
+def find_checkpoint(path_or_short_name: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a checkpoint, downloaded when it stands on the hub.
 
     Args:
         path_or_short_name: An existing folder (which wins), a short name of `ZOO`, or a hub id OWNER/NAME.
-        config_only: Download the config alone.
+        weights: False downloads the config and the tokenizer alone.
 
     Raises:
         ValueError: Nothing of that name, or the download failed.
@@ -64,9 +57,7 @@ def find_checkpoint(path_or_short_name: str | Path, *, config_only: bool = False
             f"({', '.join(ZOO)}). If a stage should have made that folder, run that stage first"
         )
     try:
-        return Path(
-            snapshot_download(source, allow_patterns=_CONFIG_FILES if config_only else _CHECKPOINT_FILES)
-        )
+        return Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, *(_WEIGHTS if weights else [])]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
             f"{name}: no such folder, and {source} could not be fetched from the Hugging Face hub: {error}\n"
