@@ -23,7 +23,7 @@ from common.models.checkpoint import find_checkpoint
 from common.pairs import LABELS, content_hashes, is_labelled, labels_array, table_hash, write_table
 from common.predict import predict_orders
 from common.prompts import INSTRUCTION, Prompter, load_tokenizer
-from common.recipe import Execution, Recipe
+from common.recipe import Execution, Recipe, Training
 from common.runs import Run
 from common.token_cache import Sequences, orders_of, tokenise
 
@@ -48,7 +48,7 @@ class Task:
     instruction: str = INSTRUCTION
 
 
-def finetune(task: Task, execution: Execution) -> dict[str, object]:
+def finetune(task: Task, execution: Execution, training: Training) -> dict[str, object]:
     """Trains, scores and saves one model; continues a started run, or says that it is up to date.
 
     Returns:
@@ -59,10 +59,10 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
     """
     recipe = task.recipe
     accelerator = start(
-        tracker="none" if execution.dry_run else execution.tracker, tracker_folder=task.output / "logs"
+        tracker="none" if training.dry_run else training.tracker, tracker_folder=task.output / "logs"
     )
     if accelerator.device.type == "cpu" and not (
-        execution.dry_run or execution.allow_cpu or task.model.startswith("tiny-")
+        training.dry_run or training.allow_cpu or task.model.startswith("tiny-")
     ):
         raise ValueError(
             f"{task.model} would train on a CPU; launch it on GPUs (just {task.stage} {task.model}), take a "
@@ -70,14 +70,14 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
         )
     for frame in (task.train, task.held_out):
         _check_labelled(frame, task)
-    parent = find_checkpoint(task.checkpoint, weights=not execution.dry_run)
+    parent = find_checkpoint(task.checkpoint, weights=not training.dry_run)
     prompter = Prompter(
         load_tokenizer(parent),
         conversation_tokens=recipe.conversation_tokens,
         instruction=task.instruction,
     )
     parent_preference = _parent_preference(parent, prompter)
-    if execution.dry_run:
+    if training.dry_run:
         _describe(task, _tokenise(task.train, prompter, task, execution, accelerator), accelerator)
         return {}
     run, lineage = _open_run(task, parent, prompter, accelerator)
@@ -94,7 +94,7 @@ def finetune(task: Task, execution: Execution) -> dict[str, object]:
         run.begin()
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tracker")
-    fit(model, sequences, recipe=recipe, execution=execution, run=run, accelerator=accelerator)
+    fit(model, sequences, recipe=recipe, training=training, run=run, accelerator=accelerator)
     metrics = {}
     if task.held_out is not None:
         held_out = _unseen(task.held_out, trained_on)

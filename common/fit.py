@@ -14,7 +14,7 @@ from common.batching import FILLER_ROW, VarlenCollator, plan_micro_batches
 from common.console import progress, say
 from common.launch import is_fsdp
 from common.optim import GradientSum, KahanOptimizer, learning_rate, soft_cross_entropy
-from common.recipe import Execution, Recipe
+from common.recipe import Recipe, Training
 from common.runs import Run
 from common.token_cache import Sequences
 
@@ -54,7 +54,7 @@ def fit(
     sequences: Sequences,
     *,
     recipe: Recipe,
-    execution: Execution,
+    training: Training,
     run: Run,
     accelerator: Accelerator,
 ) -> None:
@@ -130,11 +130,11 @@ def fit(
                 run.log(record)
             accelerator.log({k: v for k, v in record.items() if k != "step"}, step=step + 1)
             advance(1, f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s")
-            if (step + 1) % execution.state_interval_steps == 0 or step + 1 == len(steps):
+            if (step + 1) % training.state_interval_steps == 0 or step + 1 == len(steps):
                 run.save_state(
                     step + 1,
                     state,
-                    keep=execution.keep_states,
+                    keep=training.keep_states,
                     is_writer=accelerator.is_main_process,
                     barrier=accelerator.wait_for_everyone,
                 )

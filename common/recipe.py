@@ -1,4 +1,4 @@
-"""What a training stage is made by: the recipe (what is computed) and the execution (where and how fast)."""
+"""The recipe of a training stage (what is computed), and where and how stages run."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,10 +88,20 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """Where and how a stage runs; nothing here changes what is computed."""
+    """Where and how any stage runs; nothing here changes what is computed."""
 
     artifacts: Path = Path("artifacts")
     """Tree of everything made; inputs and outputs are found below it unless named."""
+    ops: str = "auto"
+    """Backend of the fast ops, by name; "auto" takes the fastest that is installed and fits."""
+    skip_bad_rows: bool = False
+    """Leave bad comparisons out, counted and written to a side file, instead of stopping."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """How a training stage runs; nothing here changes what is computed."""
+
     dry_run: bool = False
     """Print the resolved recipe, steps, sequences, tokens and truncation, and stop."""
     allow_cpu: bool = False
@@ -102,10 +112,6 @@ class Execution:
     """Training states that stay on disk; 9B takes 74 GB each, 27B 218 GB."""
     tracker: str = "tensorboard"
     """An Accelerate tracker by name, or "none"."""
-    ops: str = "auto"
-    """Backend of the fast ops, by name; "auto" takes the fastest that is installed and fits."""
-    skip_bad_rows: bool = False
-    """Leave bad comparisons out, counted and written to a side file, instead of stopping."""
 
     def __post_init__(self) -> None:
         if self.state_interval_steps < 1 or self.keep_states < 1:

@@ -25,6 +25,7 @@ from common.metrics import log_loss, prior_log_loss
 from common.pairs import LABELS, labels_array, read_comparisons, write_comparisons
 
 MODELS = ("tiny-gemma", "tiny-llama")
+STAGES = ("stage1", "stage2", "stage3")
 SCORED_FOLD, POOL_FOLD = 0, 1
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,28 +64,24 @@ def main(args: Args) -> None:
 
     prepare(args, demo)
     votes, pool, test = (demo / "data" / f"{name}.parquet" for name in ("votes", "pool", "test"))
-    base = ["--artifacts", demo, "--tracker", "none"]
-    together(
-        [script("stages/stage1.py", model, *base, "--votes", votes) for model in MODELS],
-    )
-    evaluate("stage1", [demo / "stage1" / model for model in MODELS], base, votes)
+    base = ["--artifacts", demo]
+    train = [*base, "--votes", votes, "--tracker", "none"]
+    together([script("stages/stage1.py", model, *train) for model in MODELS])
     label = ["stages/pseudo_label.py", *base, "--comparisons", pool, "--teachers"]
     teachers = [demo / "stage1" / model for model in MODELS]
     together([script(*label, teacher, "--no-merge") for teacher in teachers])
     together([script(*label, *teachers)])
-    together(
-        [
-            script("stages/stage2.py", model, *base, "--comparisons", pool, "--votes", votes)
-            for model in MODELS
-        ]
-    )
-    together([script("stages/stage3.py", model, *base, "--votes", votes) for model in MODELS])
-    together([script("stages/stage3.py", model, *base, "--votes", votes, "--final") for model in MODELS])
-    for stage in ("stage2", "stage3"):
-        evaluate(stage, [demo / stage / model for model in MODELS], base, votes)
+    together([script("stages/stage2.py", model, *train, "--comparisons", pool) for model in MODELS])
+    stage3 = [script("stages/stage3.py", model, *train) for model in MODELS]
+    together([*stage3, *([*command, "--final"] for command in stage3)])
     finals = [demo / "stage3" / f"{model}-final" for model in MODELS]
     submission = ["--submission", demo / "submission.csv", "--name", "test", "--comparisons", test]
-    together([script("stages/evaluate.py", *base, *submission, "--checkpoints", *finals)])
+    together(
+        [
+            *(evaluation(stage, demo, votes) for stage in STAGES),
+            script("stages/evaluate.py", *base, *submission, "--checkpoints", *finals),
+        ]
+    )
 
     stages = summarise(demo, votes)
     write_json(done, {"stages": stages, "submission": str(demo / "submission.csv")})
@@ -140,10 +137,7 @@ def prepare(args: Args, demo: Path) -> None:
     tables = [("arena", train_csv, 5), ("test", test_csv, 0)]
     if args.train_csv is None:
         tables.append(("pool", demo / "raw/pool.csv", 0))
-    for name, path, folds in tables:
-        output = data / f"{name}.parquet"
-        flags = ["--input", path, "--output", output, "--folds", folds, "--source", name]
-        together([script("data_prep/competition.py", *flags)])
+    together([read_csv(path, data / f"{name}.parquet", name, folds) for name, path, folds in tables])
     arena_votes, _ = read_comparisons([data / "arena.parquet"])
     if args.train_csv is not None:
         in_pool = pl.col("fold") == POOL_FOLD
@@ -158,19 +152,26 @@ def script(path: str, *arguments: object) -> list[str]:
     return [sys.executable, path, *(str(argument) for argument in arguments)]
 
 
-def evaluate(stage: str, checkpoints: list[Path], base: list[object], votes: Path) -> None:
-    """Scores a stage's models and their ensemble on the scored fold."""
-    which = ["--comparisons", votes, "--fold", SCORED_FOLD, "--name", stage]
-    together([script("stages/evaluate.py", *base, *which, "--checkpoints", *checkpoints)])
+def read_csv(path: Path, output: Path, source: str, folds: int) -> list[str]:
+    """The command that turns a CSV in the competition's form into a comparison table."""
+    flags = ["--input", path, "--output", output, "--folds", folds, "--source", source]
+    return script("data_prep/competition.py", *flags)
+
+
+def evaluation(stage: str, demo: Path, votes: Path) -> list[str]:
+    """The command that scores a stage's models and their ensemble on the scored fold."""
+    which = ["--artifacts", demo, "--comparisons", votes, "--fold", SCORED_FOLD, "--name", stage]
+    checkpoints = [demo / stage / model for model in MODELS]
+    return script("stages/evaluate.py", *which, "--checkpoints", *checkpoints)
 
 
 def together(commands: list[list[str]]) -> None:
-    """Runs commands side by side and prints their lines as they come.
+    """Runs commands, two at a time, and prints their lines as they come.
 
     Raises:
         ValueError: One of them failed; its command and its last lines are named.
     """
-    with ThreadPoolExecutor(len(commands)) as pool:
+    with ThreadPoolExecutor(2) as pool:
         failures = [found for found in pool.map(run_one, commands) if found]
     if failures:
         raise ValueError("; ".join(failures))
@@ -200,7 +201,7 @@ def summarise(demo: Path, votes: Path) -> list[dict[str, object]]:
     train_labels = labels_array(frame.filter(~is_scored))
     floor = known_floor(demo / "raw/truth.parquet", scored)
     rows = []
-    for stage in ("stage1", "stage2", "stage3"):
+    for stage in STAGES:
         scores = read_json(demo / "evaluate" / stage / "run.json")["metrics"]
         for group, found in scores.items():
             model = group.removesuffix("/mean")

@@ -16,7 +16,7 @@ import tyro
 from common.console import cli
 from common.finetune import Task, finetune
 from common.inputs import load_comparisons, read_instruction, split_fold
-from common.recipe import Execution, Recipe, by_model
+from common.recipe import Execution, Recipe, Training, by_model
 
 TINY = Recipe(
     conversation_tokens=256,
@@ -44,6 +44,7 @@ class Args:
     model: tyro.conf.Suppress[str]
     recipe: Recipe
     execution: Execution = field(default_factory=Execution)
+    training: Training = field(default_factory=Training)
     votes: tuple[Path, ...] = ()
     """Comparison tables; by default arena55k.parquet and arena33k.parquet below <artifacts>/data."""
     held_out_fold: int = 0
@@ -72,7 +73,7 @@ def main(args: Args) -> None:
         held_out=held_out,
         instruction=read_instruction(args.instruction),
     )
-    finetune(task, args.execution)
+    finetune(task, args.execution, args.training)
 
 
 if __name__ == "__main__":

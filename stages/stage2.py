@@ -6,7 +6,7 @@ Run   just stage2 gemma9b      (4 x A100-80G; hours: unmeasured)
       just stage2 tiny-gemma   (a CPU)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import polars as pl
@@ -16,7 +16,7 @@ from common.console import cli, say
 from common.finetune import Task, finetune
 from common.inputs import load_comparisons, read_instruction, split_fold, without_content_of
 from common.pairs import LABELS
-from common.recipe import Execution, Recipe, by_model
+from common.recipe import Execution, Recipe, Training, by_model
 
 TINY = Recipe(
     conversation_tokens=256,
@@ -29,7 +29,7 @@ TINY = Recipe(
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(sliding_window="off"),
     "armorm8b": Recipe(conversation_tokens=2048, comparisons_per_step=16, optimizer="stable_adamw"),
-    "tiny-gemma": TINY,
+    "tiny-gemma": replace(TINY, sliding_window="off"),
     "tiny-llama": TINY,
 }
 
@@ -41,6 +41,7 @@ class Args:
     model: tyro.conf.Suppress[str]
     recipe: Recipe
     execution: Execution = field(default_factory=Execution)
+    training: Training = field(default_factory=Training)
     comparisons: tuple[Path, ...] = ()
     """Labelled pool; by default lmsys1m_pairs.parquet and preference_sets.parquet below <artifacts>/data."""
     labels: Path | None = None
@@ -75,7 +76,7 @@ def main(args: Args) -> None:
         held_out=held_out,
         instruction=read_instruction(args.instruction),
     )
-    finetune(task, args.execution)
+    finetune(task, args.execution, args.training)
 
 
 def join_labels(pool: pl.DataFrame, path: Path) -> pl.DataFrame:

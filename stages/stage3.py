@@ -8,7 +8,7 @@ Run   just stage3 gemma9b              (4 x A100-80G; hours: unmeasured)
       just stage3 tiny-gemma           (a CPU)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
@@ -16,7 +16,7 @@ import tyro
 from common.console import cli
 from common.finetune import Task, finetune
 from common.inputs import load_comparisons, read_instruction, split_fold
-from common.recipe import Execution, Recipe, by_model
+from common.recipe import Execution, Recipe, Training, by_model
 
 TINY = Recipe(
     conversation_tokens=256,
@@ -29,7 +29,7 @@ TINY = Recipe(
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(comparisons_per_step=400, sliding_window="off"),
     "armorm8b": Recipe(conversation_tokens=2048, comparisons_per_step=16, optimizer="stable_adamw"),
-    "tiny-gemma": TINY,
+    "tiny-gemma": replace(TINY, sliding_window="off", epochs=2),
     "tiny-llama": TINY,
 }
 
@@ -41,6 +41,7 @@ class Args:
     model: tyro.conf.Suppress[str]
     recipe: Recipe
     execution: Execution = field(default_factory=Execution)
+    training: Training = field(default_factory=Training)
     final: bool = False
     """Train on every fold for the bundle; there is no score, for nothing unseen is left."""
     votes: tuple[Path, ...] = ()
@@ -72,7 +73,7 @@ def main(args: Args) -> None:
         held_out=held_out,
         instruction=read_instruction(args.instruction),
     )
-    finetune(task, args.execution)
+    finetune(task, args.execution, args.training)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def main() -> None:
             backward(mine, 1.0)  # averaged over ranks that hold the same batch
             backward(reference, 1.0)
             norm, squares = sums.norm(), sum(s.square().sum() for s in its_sums.sums.values())
-            found[f"{name}_norm_error"] = float((norm / squares.sqrt() - 1).abs())
+            # Only before the first step are the weights equal to the last bit.
+            found.setdefault(f"{name}_norm_error", float((norm / squares.sqrt() - 1).abs()))
             ours.step(sums, lr=0.05)
             theirs.step(its_sums, lr=0.05)
         pairs = list(zip(mine.parameters(), reference.parameters(), strict=True))

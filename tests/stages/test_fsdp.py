@@ -31,7 +31,7 @@ def assert_steps_are_right(found):
     assert found["dtypes"] == ["torch.bfloat16"]
     for name in ("adamw", "stable_adamw"):
         assert found[f"{name}_states"] == ["DTensor torch.bfloat16"]
-        assert found[f"{name}_norm_error"] < 1e-3
+        assert found[f"{name}_norm_error"] < 1e-5
         # Three steps of 0.05 move weights by about 0.15; on shards they land within bf16 rounding of that.
         assert found[f"{name}_moved"] > 0.1 and found[f"{name}_difference"] < 0.02
     assert found["summed"] == pytest.approx([1.2] * 3, abs=0.005)

@@ -38,7 +38,7 @@ class Story:
     def __init__(self, world, artifacts):
         self.world, self.artifacts = world, artifacts
         self.votes, self.pool = world / "votes.parquet", world / "pool.parquet"
-        self.where = ("--artifacts", artifacts, "--tracker", "none")
+        self.where = ("--artifacts", artifacts)
         self.commands = {
             "stage1": ("stage1", "tiny-gemma", *self.teacher("gemma")),
             "pseudo_label": ("pseudo_label", *self.where, "--comparisons", self.pool),
@@ -116,7 +116,7 @@ def test_checkpoints_are_whole_and_hold_no_pickle(story, monkeypatch):
     monkeypatch.setattr("torch.load", refuse)
     for folder in story.checkpoints():
         names = {path.name for path in folder.iterdir()}
-        assert names - {"held_out.parquet"} == {
+        assert names - {"held_out.parquet", "logs"} == {
             "chat_template.jinja",
             "config.json",
             "metrics.jsonl",
@@ -598,7 +598,7 @@ def test_a_changed_tokenizer_is_refused_wherever_text_meets_model(story, tmp_pat
             vocabulary = content["model"]["vocab"]
             vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
             path.write_text(json.dumps(content))
-    where = ("--artifacts", artifacts, "--tracker", "none")
+    where = ("--artifacts", artifacts)
     votes = ("--votes", story.votes, *RECIPE)
     refused = {
         "pseudo_label": call("pseudo_label", *where, "--comparisons", story.pool, check=False),
@@ -645,7 +645,7 @@ def test_every_script_finds_its_inputs_by_itself(story, tmp_path):
 
 
 def test_dry_run_prints_what_a_run_would_be_and_trains_nothing(story, tmp_path):
-    where = ("--artifacts", tmp_path, "--tracker", "none")
+    where = ("--artifacts", tmp_path)
     found = call("stage1", "tiny-gemma", *story.teacher("gemma"), *where, "--dry-run")
     votes = pl.read_parquet(story.votes).filter(pl.col("fold") != 0)
     prompter = Prompter(AutoTokenizer.from_pretrained(story.world / "gemma"), conversation_tokens=128)
