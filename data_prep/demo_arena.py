@@ -248,7 +248,7 @@ def make_checkpoints(texts: list[str], folder: Path, seed: int) -> None:
         "eos_token_id": tokenizer.eos_token_id,
     }
     gemma = Gemma2Config(
-        **shape, sliding_window=64, query_pre_attn_scalar=16, architectures=["Gemma2ForCausalLM"]
+        **shape, sliding_window=32, query_pre_attn_scalar=16, architectures=["Gemma2ForCausalLM"]
     )
     write_checkpoint(folder / "tiny-gemma", gemma, Gemma2Model, tokenizer, seed, {}, "1GB")
 

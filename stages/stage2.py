@@ -6,7 +6,7 @@ Run   just stage2 gemma9b      (4 x A100-80G; hours: unmeasured)
       just stage2 tiny-gemma   (a CPU)
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import polars as pl
@@ -29,7 +29,7 @@ TINY = Recipe(
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(sliding_window="off"),
     "armorm8b": Recipe(conversation_tokens=2048, comparisons_per_step=16, optimizer="stable_adamw"),
-    "tiny-gemma": replace(TINY, sliding_window="off"),
+    "tiny-gemma": TINY,
     "tiny-llama": TINY,
 }
 
