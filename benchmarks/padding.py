@@ -45,9 +45,9 @@ class Args:
 def main(args: Args) -> None:
     draw = np.random.default_rng(0)
     lengths = (args.median_tokens * draw.lognormal(0.0, 0.7, args.num_sequences)).astype(int).clip(8, 8000)
-    ids = [torch.from_numpy(draw.integers(8, 900, n)) for n in lengths]
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     ours = load_model(args.checkpoint, dtype=dtype, device=args.device)
+    ids = [torch.from_numpy(draw.integers(8, ours.hf_config.vocab_size, n)) for n in lengths]
     theirs = AutoModelForSequenceClassification.from_pretrained(
         find_checkpoint(args.checkpoint), num_labels=3, dtype=dtype
     ).to(args.device)
