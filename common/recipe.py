@@ -86,6 +86,17 @@ class Recipe:
         return {name: (theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]}
 
 
+TINY = Recipe(
+    conversation_tokens=256,
+    comparisons_per_step=8,
+    max_tokens_per_micro_batch=8192,
+    lr=2e-3,
+    dtype="fp32",
+    activation_checkpointing=False,
+)
+"""Of the tiny models, in stages 1 and 2."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """Where and how any stage runs; nothing here changes what is computed."""

@@ -16,16 +16,8 @@ import tyro
 from common.console import cli
 from common.finetune import Task, finetune
 from common.inputs import load_comparisons, read_instruction, split_fold
-from common.recipe import Execution, Recipe, Training, by_model
+from common.recipe import TINY, Execution, Recipe, Training, by_model
 
-TINY = Recipe(
-    conversation_tokens=256,
-    comparisons_per_step=8,
-    max_tokens_per_micro_batch=8192,
-    lr=2e-3,
-    dtype="fp32",
-    activation_checkpointing=False,
-)
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(formats=("PAB", "PAPB")),
     "gemma27b": Recipe(max_tokens_per_micro_batch=2048, accumulation="stochastic"),

@@ -16,16 +16,8 @@ from common.console import cli, say
 from common.finetune import Task, finetune
 from common.inputs import load_comparisons, read_instruction, split_fold, without_content_of
 from common.pairs import LABELS
-from common.recipe import Execution, Recipe, Training, by_model
+from common.recipe import TINY, Execution, Recipe, Training, by_model
 
-TINY = Recipe(
-    conversation_tokens=256,
-    comparisons_per_step=8,
-    max_tokens_per_micro_batch=8192,
-    lr=2e-3,
-    dtype="fp32",
-    activation_checkpointing=False,
-)
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(sliding_window="off"),
     "armorm8b": Recipe(conversation_tokens=2048, comparisons_per_step=16, optimizer="stable_adamw"),

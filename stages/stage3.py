@@ -8,7 +8,7 @@ Run   just stage3 gemma9b              (4 x A100-80G; hours: unmeasured)
       just stage3 tiny-gemma           (a CPU)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
@@ -16,21 +16,13 @@ import tyro
 from common.console import cli
 from common.finetune import Task, finetune
 from common.inputs import load_comparisons, read_instruction, split_fold
-from common.recipe import Execution, Recipe, Training, by_model
+from common.recipe import TINY, Execution, Recipe, Training, by_model
 
-TINY = Recipe(
-    conversation_tokens=256,
-    comparisons_per_step=8,
-    max_tokens_per_micro_batch=8192,
-    lr=1e-3,
-    dtype="fp32",
-    activation_checkpointing=False,
-)
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(comparisons_per_step=400, sliding_window="off"),
     "armorm8b": Recipe(conversation_tokens=2048, comparisons_per_step=16, optimizer="stable_adamw"),
-    "tiny-gemma": TINY,
-    "tiny-llama": TINY,
+    "tiny-gemma": replace(TINY, lr=1e-3),
+    "tiny-llama": replace(TINY, lr=1e-3),
 }
 
 

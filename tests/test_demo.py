@@ -1,0 +1,74 @@
+"""What the demo on the synthetic arena must show, read from its artifacts; `.ci/run` runs the demo first."""
+
+import numpy as np
+import polars as pl
+import pytest
+from helpers import ROOT
+from sklearn.linear_model import LogisticRegression
+
+from common.files import read_json
+from common.metrics import log_loss, paired_standard_error, per_row_log_loss
+from common.pairs import LABELS, labels_array
+
+DEMO = ROOT / "artifacts" / "demo"
+MODELS = ("tiny-gemma", "tiny-llama")
+
+
+@pytest.fixture(scope="module")
+def ladder():
+    """(stage, model) -> row of summary.json."""
+    if not (DEMO / "summary.json").is_file():
+        pytest.skip("no finished demo in artifacts/demo: run just demo first")
+    rows = read_json(DEMO / "summary.json")["stages"]
+    if rows[0]["floor_log_loss"] is None:
+        pytest.skip("artifacts/demo is a demo of real votes, whose floor is not known")
+    return {(row["stage"], row["model"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def votes(ladder):
+    """(training rows, scored rows in the order of the saved probabilities)."""
+    frame = pl.read_parquet(DEMO / "data" / "votes.parquet")
+    is_scored = pl.col("fold") == 0
+    return frame.filter(~is_scored), frame.filter(is_scored).sort("source", "id")
+
+
+def test_every_stage_is_in_the_summary(ladder):
+    models = (*MODELS, "ensemble")
+    assert set(ladder) == {(f"stage{n}", model) for n in (1, 2, 3) for model in models}
+    assert (ROOT / read_json(DEMO / "summary.json")["submission"]).is_file()
+
+
+def test_there_is_something_to_learn(ladder):
+    row = ladder["stage3", "ensemble"]
+    assert row["num_comparisons"] >= 1000
+    assert row["prior_log_loss"] - row["floor_log_loss"] >= 0.15
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_stage3_closes_half_of_the_gap_and_beats_the_lengths(ladder, votes, model):
+    row, (train, scored) = ladder["stage3", model], votes
+    assert row["log_loss"] <= (row["prior_log_loss"] + row["floor_log_loss"]) / 2
+    lengths = pl.col("response_a", "response_b").list.eval(pl.element().str.len_chars()).list.sum()
+    features = [np.log1p(frame.select(lengths).to_numpy()) for frame in (train, scored)]
+    baseline = LogisticRegression().fit(features[0], labels_array(train).argmax(1))
+    assert row["log_loss"] < log_loss(baseline.predict_proba(features[1]), labels_array(scored))
+
+
+def test_the_ensemble_is_no_worse_than_its_best_member(votes):
+    _, scored = votes
+    saved = pl.read_parquet(DEMO / "evaluate" / "stage3" / "probabilities.parquet")
+    assert saved["id"].equals(scored["id"])
+    labels = labels_array(scored)
+    losses = {
+        name: per_row_log_loss(saved.select(f"{name}/{label}" for label in LABELS).to_numpy(), labels)
+        for name in ("ensemble", *(f"{model}/mean" for model in MODELS))
+    }
+    ensemble = losses.pop("ensemble")
+    best = min(losses.values(), key=np.mean)
+    assert ensemble.mean() <= best.mean() + 2 * paired_standard_error(ensemble, best)
+
+
+def test_stage3_beats_stage1_in_the_mean_of_both_models(ladder):
+    first, last = (np.mean([ladder[stage, m]["log_loss"] for m in MODELS]) for stage in ("stage1", "stage3"))
+    assert last < first
