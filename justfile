@@ -31,14 +31,17 @@ setup extra="dev":
     {{python}} -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[{{extra}}]" && echo "$wanted" > "$stamp"
 
 # The whole pipeline on tiny models, on a CPU (about 3 minutes): --train-csv F --test-csv G for real votes
+[no-exit-message]
 demo *args: setup
-    {{python}} stages/demo.py "$@"
+    @{{python}} stages/demo.py "$@"
 
 # All tests
+[no-exit-message]
 test *args: setup
     {{python}} -m pytest --numprocesses 2 --dist loadfile "$@"
 
 # Lint and formatting, read only
+[no-exit-message]
 check: setup
     {{python}} -m ruff check .
     {{python}} -m ruff format --check .
@@ -49,33 +52,41 @@ fix: setup
     {{python}} -m ruff format .
 
 # Raw files in data/ -> comparison tables in artifacts/data/
+[no-exit-message]
 prep *args: setup
-    {{python}} data_prep/competition.py "$@"
+    @{{python}} data_prep/competition.py "$@"
 
 # Fine-tune a teacher on real votes: gemma9b, gemma27b, armorm8b, tiny-gemma, tiny-llama
+[no-exit-message]
 stage1 model *args: setup
     @{{just_executable()}} python={{python}} gpus={{gpus}} _train stage1 "$@"
 
 # Fine-tune a student on soft labels
+[no-exit-message]
 stage2 model *args: setup
     @{{just_executable()}} python={{python}} gpus={{gpus}} _train stage2 "$@"
 
 # Fine-tune a student on real votes again; --final for the bundle
+[no-exit-message]
 stage3 model *args: setup
     @{{just_executable()}} python={{python}} gpus={{gpus}} _train stage3 "$@"
 
 # Label the pool with every finished teacher
+[no-exit-message]
 pseudo-label *args: setup
-    {{launch_replicas}} stages/pseudo_label.py "$@"
+    @{{launch_replicas}} stages/pseudo_label.py "$@"
 
 # Score checkpoints and their ensemble
+[no-exit-message]
 evaluate *args: setup
-    {{launch_replicas}} stages/evaluate.py "$@"
+    @{{launch_replicas}} stages/evaluate.py "$@"
 
 # Build, verify and upload the bundle
+[no-exit-message]
 submit *args:
     @echo "just submit: the bundle is not built yet in this version; evaluate --submission writes submission.csv" >&2
     @exit 1
 
+[no-exit-message]
 _train stage model *args:
-    {{ if processes == "1" { python } else if model =~ "^tiny" { launch_replicas } else if model != "gemma27b" { launch + "fsdp_9b.yaml" } else { launch + "fsdp_27b" + hybrid } }} {{rendezvous}} "stages/$1.py" "${@:2}"
+    @{{ if processes == "1" { python } else if model =~ "^tiny" { launch_replicas } else if model != "gemma27b" { launch + "fsdp_9b.yaml" } else { launch + "fsdp_27b" + hybrid } }} {{rendezvous}} "stages/$1.py" "${@:2}"

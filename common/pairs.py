@@ -270,7 +270,9 @@ def _describe_bad(report: ReadReport, files: str) -> str:
 def _read_parquet(path: Path) -> pl.DataFrame:
     if not path.is_file():
         found = "is not a file" if path.exists() else "does not exist"
-        raise ValueError(f"{path} {found}; expected a comparison Parquet")
+        raise ValueError(
+            f"{path} {found}; expected a comparison Parquet. Make it with data_prep/ (just prep), or name another"
+        )
     try:
         # no globbing, no hive columns: a path is a name, whatever characters it has
         frame = pl.read_parquet(path, glob=False, hive_partitioning=False)
