@@ -271,7 +271,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
     if not path.is_file():
         found = "is not a file" if path.exists() else "does not exist"
         raise ValueError(
-            f"{path} {found}; expected a comparison Parquet. Make it with data_prep/ (just prep), or name another"
+            f"{path} {found}; expected a comparison Parquet. Make it with just prep, or name another"
         )
     try:
         # no globbing, no hive columns: a path is a name, whatever characters it has
