@@ -5,10 +5,8 @@ Out   artifacts/data/arena55k.parquet (`common.pairs.SCHEMA`); with --skip-bad-r
 Run   python data_prep/competition.py          (57,477 rows: under a minute, under 2 GB)
 """
 
-import csv
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from common.competition_csv import REQUIRED, BadRowError, check_header, parse_texts, read_rows
 from common.console import cli, say
 from common.files import file_hash
 from common.pairs import (
     LABELS,
     REJECTED_SCHEMA,
     SCHEMA,
-    TEXTS,
     ReadReport,
     check_rows,
     is_labelled,
@@ -35,13 +33,10 @@ from common.pairs import (
 )
 
 SOURCE = "arena55k"
-REQUIRED = ("id", *TEXTS)
 OPTIONAL = ("model_a", "model_b", *LABELS)
-MAX_FIELD_CHARACTERS = 2**30
 MAX_FOLDS = 127
 """Folds are int8."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-LONE_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +63,6 @@ class Args:
             raise ValueError("--source is empty; expected a name such as " + SOURCE)
         if self.output.suffix != ".parquet":
             raise ValueError(f"--output is {self.output}; expected a name that ends in .parquet")
-
-
-class BadRowError(ValueError):
-    """A row that cannot become a comparison: (reason, detail)."""
 
 
 def main(args: Args) -> None:
@@ -115,9 +106,9 @@ def read_competition_csv(
     columns: dict[str, list] = {name: [] for name in SCHEMA}
     lines, unreadable = [], []
     num_repaired = 0
-    with closing(_read_rows(path)) as rows:
+    with closing(read_rows(path)) as rows:
         _, header = next(rows, (1, []))
-        _check_header(header, path)
+        check_header(header, path)
         for line, cells in rows:
             try:
                 row, is_repaired = _parse_row(header, cells)
@@ -217,92 +208,12 @@ def is_up_to_date(frame: pl.DataFrame, output: Path, made_of: dict[str, str]) ->
     )
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(first line, cells) of each row that is not blank, the header too."""
-    if not path.is_file():
-        raise ValueError(
-            f"{path} {'is not a file' if path.exists() else 'does not exist'}; "
-            "expected the competition's CSV: put it there, or name it with --input"
-        )
-    line = 1
-    limit = csv.field_size_limit(MAX_FIELD_CHARACTERS)  # the default stops at 131,072 characters a cell
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for cells in reader:
-                if cells:
-                    yield line, cells
-                line = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {_find_undecodable(path)}; save it again as UTF-8") from error
-    except csv.Error as error:
-        raise ValueError(
-            f"{path} line {line}: the row that begins here is broken ({error}): a quote does not close, "
-            "or something follows a closing quote. Is the file cut off? Get it again."
-        ) from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _find_undecodable(path: Path) -> str:
-    """Where the first byte is that is not UTF-8 (a stream's error counts from its last chunk only)."""
-    data = path.read_bytes()
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        return f"byte 0x{data[error.start]:02x} at offset {error.start:,} (line {line:,}), {error.reason}"
-    raise AssertionError(f"{path} changed while it was read")
-
-
-def _check_header(header: Sequence[str], path: Path) -> None:
-    if not header:
-        raise ValueError(f"{path} is empty; expected a CSV with the columns {', '.join(REQUIRED)}")
-    repeated = sorted({name for name in header if header.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"{path}: the header has {', '.join(repeated)} more than once; found {', '.join(header)}"
-        )
-    given = [name for name in LABELS if name in header]
-    missing = [name for name in (*REQUIRED, *(LABELS if given else ())) if name not in header]
-    if missing:
-        raise ValueError(
-            f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
-            f"found {', '.join(header)}; expected {', '.join(REQUIRED)}, and {', '.join(LABELS)} if voted on"
-        )
-
-
 def _parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[dict, bool]:
     """(values by column, was a lone surrogate replaced)."""
-    if len(cells) != len(header):
-        hint = "; is the file cut off here?" if len(cells) < len(header) else ""
-        raise BadRowError("wrong number of cells", f"found {len(cells)}, expected {len(header)}{hint}")
+    texts, is_repaired = parse_texts(header, cells)
     row = dict(zip(header, cells, strict=True))
-    texts = {name: _parse_turns(name, row[name]) for name in TEXTS}
-    parsed = {
-        "id": row["id"],
-        "model_a": row.get("model_a") or None,
-        "model_b": row.get("model_b") or None,
-        **{name: turns for name, (turns, _) in texts.items()},
-        **_parse_labels(row),
-    }
-    return parsed, any(is_repaired for _, is_repaired in texts.values())
-
-
-def _parse_turns(name: str, text: str) -> tuple[list[str | None], bool]:
-    """(turns, was a lone surrogate replaced): no Parquet, no tokenizer can hold half a character."""
-    try:
-        turns = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRowError("malformed JSON", f"{name}: {error}; found {text[:60]!r}") from error
-    if not isinstance(turns, list) or not all(turn is None or isinstance(turn, str) for turn in turns):
-        raise BadRowError(
-            "no list of texts", f"{name} is {text[:60]!r}, expected a JSON list of strings or nulls"
-        )
-    repaired = [turn and LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", turn) for turn in turns]
-    return repaired, repaired != turns
+    models = {name: row.get(name) or None for name in ("model_a", "model_b")}
+    return {"id": row["id"], **models, **texts, **_parse_labels(row)}, is_repaired
 
 
 def _parse_labels(row: dict[str, str]) -> dict[str, float | None]:
