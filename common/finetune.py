@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from common.console import say, show_table
-from common.files import read_json
+from common.files import read_json, write_json
 from common.fit import fit, plan_steps
 from common.inputs import checkpoint_hash, read_trained_on
 from common.launch import is_fsdp, place, start
@@ -26,6 +26,9 @@ from common.prompts import INSTRUCTION, Prompter, load_tokenizer
 from common.recipe import Execution, Recipe, Training
 from common.runs import Run
 from common.token_cache import Sequences, orders_of, tokenise
+
+NUM_LENGTH_BINS = 60
+"""Of the histogram of sequence lengths in sequences.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,7 @@ def finetune(task: Task, execution: Execution, training: Training) -> dict[str, 
     model = _load(task, execution, accelerator)
     if accelerator.is_main_process:
         run.begin()
+        write_json(task.output / "sequences.json", _sequence_summary(sequences, recipe))
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tracker")
     fit(model, sequences, recipe=recipe, training=training, run=run, accelerator=accelerator)
@@ -115,7 +119,12 @@ def finetune(task: Task, execution: Execution, training: Training) -> dict[str, 
                 "prompt": prompter.describe(),
                 "recipe": asdict(recipe),
                 "metrics": metrics,
-                "lineage": {**lineage, "parent_stage": (parent_preference or {}).get("stage")},
+                "label_prior": labels_array(task.train).mean(axis=0, dtype=np.float64).tolist(),
+                "lineage": {
+                    **lineage,
+                    "parent_stage": (parent_preference or {}).get("stage"),
+                    "train_sources": dict(sorted(task.train["source"].value_counts().iter_rows())),
+                },
                 "versions": {name: version(name) for name in ("torch", "transformers", "torch-optimi")},
             },
         )
@@ -227,6 +236,19 @@ def _describe(task: Task, sequences: Sequences, accelerator: Accelerator) -> Non
         ("pairs that became identical", f"{int(sequences.became_identical.sum()):,}"),
     ]
     show_table("what this amounts to", ("", "number"), rows)
+
+
+def _sequence_summary(sequences: Sequences, recipe: Recipe) -> dict[str, object]:
+    """What was trained on, for the report: how long the sequences are, and how many the budget cut."""
+    counts, edges = np.histogram(sequences.lengths, bins=NUM_LENGTH_BINS)
+    return {
+        "num_sequences": len(sequences),
+        "num_truncated": int(sequences.truncated.sum()),
+        "num_became_identical": int(sequences.became_identical.sum()),
+        "conversation_tokens": recipe.conversation_tokens,
+        "length_edges": edges.tolist(),
+        "length_counts": counts.tolist(),
+    }
 
 
 def _trained_on(train: pl.DataFrame, parent: Path) -> pl.Series:

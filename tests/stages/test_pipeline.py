@@ -120,6 +120,7 @@ def test_checkpoints_are_whole_and_hold_no_pickle(story, monkeypatch):
             "chat_template.jinja",
             "config.json",
             "metrics.jsonl",
+            "sequences.json",
             "model.safetensors",
             "preference.json",
             "run.json",
@@ -472,8 +473,8 @@ def test_printed_scores_are_what_the_saved_probabilities_give(story):
         np.testing.assert_allclose(group(saved, f"tiny-{family}/mean"), (given + swapped) / 2, atol=1e-6)
         assert printed[f"tiny-{family}/mean"][5] == f"{np.abs(given - swapped).mean():.3f}"
     single = losses[turns == 1]
-    assert printed["1 turn"][:2] == [str(len(single)), f"{single.mean():.4f}"]
-    quarters = [int(printed[f"{name} quarter of answers"][0]) for name in ("shortest", "longest")]
+    assert printed["1 turn"][:3] == ["turns", str(len(single)), f"{single.mean():.4f}"]
+    quarters = [int(printed[f"{name} quarter of answers"][1]) for name in ("shortest", "longest")]
     assert sum(quarters) == pytest.approx(15, abs=2)
 
 
