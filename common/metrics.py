@@ -97,6 +97,35 @@ def _binned_error(claimed: np.ndarray, happened: np.ndarray) -> float:
     return float(np.abs(gaps).sum() / len(claimed))
 
 
+def rescale(probabilities: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """Calibrated probabilities: softmax(scale x log p + bias) over the classes.
+
+    `[[0.8, 0.1, 0.1]]` with scale 0.5 and bias 0 for each class -> `[[0.586, 0.207, 0.207]]`: half as sure.
+
+    Args:
+        probabilities: [num_comparisons, C], rows sum to 1; clipped at MIN_PROBABILITY before the logarithm.
+        scale: [C], 1 leaves a class as it is.
+        bias: [C], in nats, 0 leaves a class as it is.
+
+    Returns:
+        float64 [num_comparisons, C], rows sum to 1.
+
+    Raises:
+        ValueError: As in `per_row_log_loss`; scale or bias is not C finite numbers.
+    """
+    (probabilities,) = _checked(probabilities)
+    scale, bias = np.asarray(scale, dtype=np.float64), np.asarray(bias, dtype=np.float64)
+    num_classes = probabilities.shape[1]
+    for name, values in (("scale", scale), ("bias", bias)):
+        if values.shape != (num_classes,) or not np.isfinite(values).all():
+            raise ValueError(
+                f"{name} is {values.tolist()}, expected {num_classes} finite numbers, one a class"
+            )
+    logits = scale * np.log(np.clip(probabilities, MIN_PROBABILITY, 1.0)) + bias
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
 def mirror(values: np.ndarray) -> np.ndarray:
     """Exchanges A and B: `[[0.6, 0.3, 0.1]]` -> `[[0.3, 0.6, 0.1]]`; further classes stay."""
     order = np.arange(values.shape[1])

@@ -1,15 +1,18 @@
 """Evaluation: any checkpoints, and their weighted ensemble, on any comparisons.
 
 In    checkpoints (by default every complete one in artifacts/stage3 but the finals), or files of
-      probabilities; comparison tables
-Out   artifacts/evaluate/<name>/ : probabilities.parquet (every model and order, the ensemble), scores.json
+      probabilities; comparison tables. Or one table of votes and probabilities (--table), nothing else
+Out   artifacts/evaluate/<name>/ : probabilities.parquet (labels, every model and order, the ensemble),
+      scores.json, reliability.png; with --calibrate also calibration.json
 Run   just evaluate --checkpoints artifacts/stage1/gemma9b artifacts/stage1/armorm8b --name stage1
       just evaluate --checkpoints artifacts/stage3/*-final --comparisons artifacts/data/test.parquet \\
           --submission submission.csv --name test
+      just evaluate --table votes_and_probabilities.csv --weights 2 1 --calibrate --name theirs
 
-Each model is scored in every order, then averaged over orders; the ensemble is the weighted mean of those.
-Votes on comparisons that a checkpoint was trained on are refused. Unlabelled comparisons get probabilities
-and no score.
+Each model is scored in every order and averaged over orders. The ensemble is the weighted mean of what
+--ensemble-orders takes of each model; where there are votes enough, weights fitted across folds stand beside
+the given ones. Votes on comparisons that a checkpoint was trained on are refused. Unlabelled comparisons get
+probabilities and no score.
 """
 
 from dataclasses import dataclass, field
@@ -19,19 +22,33 @@ import numpy as np
 import polars as pl
 from accelerate import Accelerator
 
-from common.console import cli, say, show_table
-from common.files import file_hash, write_json
+from common.calibration import MIN_LABELLED, calibrate
+from common.console import cli, say
+from common.files import file_hash, read_json, write_json
 from common.inputs import Seen, checkpoint_hash, find_complete, load_comparisons, without_seen
 from common.launch import start
-from common.metrics import SUM_TOLERANCE, bootstrap_interval, per_row_log_loss, score, swap_consistency
 from common.pairs import LABELS, is_labelled, labels_array, table_hash, write_table
-from common.predict import average, open_model, open_prompter, predict_orders
+from common.predict import open_model, open_prompter, predict_orders
+from common.probability_files import read_probabilities, read_table
 from common.prompts import ORDERS, Order
 from common.recipe import Execution, by_flags
 from common.runs import Run
+from common.scores import (
+    ENSEMBLE,
+    EnsembleOrder,
+    check_ensemble_orders,
+    checkpoint_prior,
+    contributed,
+    group_keys,
+    labelled_rows,
+    make_groups,
+    probability_table,
+    read_group,
+    score_groups,
+    show_calibration,
+    show_scores,
+)
 from common.token_cache import tokenise
-
-ENSEMBLE = "ensemble"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +62,18 @@ class Args:
     """Parquet or CSV files of given probabilities: id, winner_model_a, winner_model_b, winner_tie."""
     comparisons: tuple[Path, ...] = ()
     """Comparison tables; by default arena55k.parquet below <artifacts>/data."""
+    table: Path | None = None
+    """In place of all these: a Parquet or CSV with id, a label, and of each model x: x_a, x_b, x_tie."""
     fold: int | None = None
     """Only this fold; by default fold 0 of the default comparisons, and all of named ones."""
     weights: tuple[float, ...] = ()
     """Ensemble weights, one a checkpoint, then one a file of probabilities; equal by default."""
     orders: tuple[Order, ...] = ORDERS
     """Orders in which the answers are shown."""
+    ensemble_orders: tuple[EnsembleOrder, ...] = ()
+    """Order that each model adds to the ensemble, one a model; by default both: the mean of its orders."""
+    calibrate: bool = False
+    """Fit temperature and vector scaling across folds; a finished evaluation is added to, not repeated."""
     seen: Seen = "refuse"
     """Comparisons that a checkpoint was trained on: refuse to go on, or leave them out, counted."""
     name: str = "evaluation"
@@ -65,23 +88,107 @@ class Args:
             raise ValueError(f"--orders is {self.orders}, expected one or both of {ORDERS}")
         if self.weights and (min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ValueError(f"--weights is {self.weights}, expected numbers >= 0 with a sum above 0")
+        others = ("checkpoints", "probabilities", "comparisons")
+        given = [f"--{name}" for name in others if getattr(self, name)]
+        given += ["--fold"] * (self.fold is not None)
+        if self.table is not None and given:
+            raise ValueError(
+                f"--table {self.table} brings its own votes and probabilities; leave out {' '.join(given)}"
+            )
 
 
 def main(args: Args) -> None:
-    artifacts = args.execution.artifacts
     accelerator = start(replicas=True)
-    checkpoints = args.checkpoints or (() if args.probabilities else find_complete(artifacts / "stage3"))
-    num_models = len(checkpoints) + len(args.probabilities)
-    if args.weights and len(args.weights) != num_models:
-        raise ValueError(
-            f"--weights has {len(args.weights)} numbers for {num_models} models "
-            f"({' '.join(map(str, (*checkpoints, *args.probabilities)))}); give one a model, in that order"
-        )
+    checkpoints, files = {}, {}
+    if args.table is not None:
+        frame, given = read_table(args.table)
+        computed = {name: tuple(orders) for name, orders in given.items()}
+    else:
+        checkpoints, files = find_models(args)
+        computed = dict.fromkeys(checkpoints, args.orders) | dict.fromkeys(files, ("given",))
+    ensemble = resolve_ensemble(args, computed)
+    if args.table is None:
+        frame = find_comparisons(args, tuple(checkpoints.values()))
+        given = {name: {"given": read_probabilities(path, frame)} for name, path in files.items()}
+    check_calibration(args, frame)
+    run = Run.open(
+        args.execution.artifacts / "evaluate" / args.name,
+        recipe={"models": list(computed), "orders": list(args.orders), **ensemble},
+        inputs={
+            "checkpoints": [checkpoint_hash(path) for path in checkpoints.values()],
+            "probabilities": [file_hash(path) for path in files.values()],
+            "comparisons": table_hash(frame) if args.table is None else file_hash(args.table),
+        },
+    )
+    if run.is_complete:
+        say(f"{run.folder} is up to date")
+    else:
+        found = {
+            name: predict_checkpoint(path, frame, args, accelerator) for name, path in checkpoints.items()
+        }
+        if accelerator.is_main_process:
+            prior = checkpoint_prior(tuple(checkpoints.values()))
+            finish(run, frame.sort("source", "id"), found | given, prior)
+    if accelerator.is_main_process:
+        show_scores(args.name, run.metrics)
+        if args.calibrate:
+            show_calibration(args.name, find_calibration(run, frame.sort("source", "id")))
+        if args.submission is not None:
+            write_submission(args.submission, run.folder / "probabilities.parquet", frame)
+            say(f"{args.submission}: {len(frame):,} rows")
+
+
+def find_models(args: Args) -> tuple[dict[str, Path], dict[str, Path]]:
+    """(name -> checkpoint, name -> file of probabilities)."""
     for path in args.probabilities:
         if not path.is_file():
             raise ValueError(f"--probabilities {path} is not a file; expected a Parquet or CSV")
-    weights = args.weights or (1.0,) * num_models
-    frame = load_comparisons(args.comparisons or (artifacts / "data/arena55k.parquet",), args.execution)
+    checkpoints = args.checkpoints
+    if not checkpoints and not args.probabilities:
+        checkpoints = find_complete(args.execution.artifacts / "stage3")
+    names = unique_names([*checkpoints, *args.probabilities])
+    files = dict(zip(names[len(checkpoints) :], args.probabilities, strict=True))
+    return dict(zip(names, checkpoints, strict=False)), files
+
+
+def resolve_ensemble(args: Args, computed: dict[str, tuple[str, ...]]) -> dict[str, list]:
+    """What each model adds to the ensemble, for the recipe.
+
+    Args:
+        computed: Model -> the orders that there are, or will be.
+
+    Raises:
+        ValueError: A flag does not have one entry a model, or asks for an order that is not there.
+    """
+    names = list(computed)
+    weights = args.weights or (1.0,) * len(names)
+    if len(weights) != len(names):
+        raise ValueError(
+            f"--weights has {len(weights)} numbers for {len(names)} models ({' '.join(names)}); "
+            "give one a model, in that order"
+        )
+    ensemble_orders = args.ensemble_orders or ("both",) * len(names)
+    check_ensemble_orders(ensemble_orders, computed)
+    return {"weights": list(weights), "ensemble_orders": list(ensemble_orders)}
+
+
+def check_calibration(args: Args, frame: pl.DataFrame) -> None:
+    """A ValueError before any prediction where --calibrate could not be answered.
+
+    The flag is not in the recipe: it adds a file that follows from the saved probabilities.
+    """
+    num_labelled = int(labelled_rows(frame).sum())
+    if args.calibrate and num_labelled < MIN_LABELLED:
+        raise ValueError(
+            f"--calibrate has {num_labelled} labelled comparisons, at least {MIN_LABELLED} are needed (and "
+            "thousands to see a gain); take more, or leave the flag out"
+        )
+
+
+def find_comparisons(args: Args, checkpoints: tuple[Path, ...]) -> pl.DataFrame:
+    """The comparisons to score, in the order of their files: of the fold, and not seen in training."""
+    default = args.execution.artifacts / "data/arena55k.parquet"
+    frame = load_comparisons(args.comparisons or (default,), args.execution)
     fold = 0 if args.fold is None and not args.comparisons else args.fold
     if fold is not None:
         folds = sorted(frame["fold"].drop_nulls().unique().to_list())
@@ -93,34 +200,7 @@ def main(args: Args) -> None:
             frame = without_seen(frame, checkpoint, args.seen)
     if frame.is_empty():
         raise ValueError("the checkpoints were trained on all of these comparisons: nothing is left to score")
-
-    output = artifacts / "evaluate" / args.name
-    names = unique_names([*checkpoints, *args.probabilities])
-    run = Run.open(
-        output,
-        recipe={"models": names, "weights": list(weights), "orders": list(args.orders)},
-        inputs={
-            "checkpoints": [checkpoint_hash(path) for path in checkpoints],
-            "probabilities": [file_hash(path) for path in args.probabilities],
-            "comparisons": table_hash(frame),
-        },
-    )
-    if run.is_complete:
-        say(f"{output} is up to date")
-    else:
-        orders = {
-            name: predict_checkpoint(path, frame, args, accelerator)
-            for name, path in zip(names, checkpoints, strict=False)
-        }
-        given = zip(names[len(checkpoints) :], args.probabilities, strict=True)
-        orders |= {name: {"given": read_probabilities(path, frame)} for name, path in given}
-        if accelerator.is_main_process:
-            finish(run, frame.sort("source", "id"), orders, weights)
-    if accelerator.is_main_process:
-        show_scores(args.name, run.metrics)
-        if args.submission is not None:
-            write_submission(args.submission, output / "probabilities.parquet", frame)
-            say(f"{args.submission}: {len(frame):,} rows")
+    return frame
 
 
 def predict_checkpoint(
@@ -146,55 +226,6 @@ def predict_checkpoint(
     )
 
 
-def read_probabilities(path: Path, frame: pl.DataFrame) -> np.ndarray:
-    """Given probabilities for every comparison of `frame`, joined by id (and source, where the file has it).
-
-    Returns:
-        float32 [comparisons, 3], rows in the order of (source, id).
-
-    Raises:
-        ValueError: A column is missing, an id stands twice or not at all, or a row does not sum to 1.
-    """
-    try:
-        table = (
-            pl.read_csv(path, schema_overrides={"id": pl.String})
-            if path.suffix == ".csv"
-            else pl.read_parquet(path)
-        )
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    if missing := {"id", *LABELS} - set(table.columns):
-        raise ValueError(f"{path} lacks the columns {sorted(missing)}; found {table.columns}")
-    keys = ["source", "id"] if "source" in table.columns else ["id"]
-    try:
-        table = table.select(pl.col(keys).cast(pl.String), pl.col(LABELS).cast(pl.Float32))
-    except pl.exceptions.PolarsError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: the columns {', '.join(LABELS)} are not all numbers: {reason}") from error
-    if table.select(keys).is_duplicated().any():
-        first = table.filter(table.select(keys).is_duplicated())["id"][0]
-        raise ValueError(f"{path} has more than one row for an id, first {first}; expected one")
-    joined = (
-        frame.sort("source", "id")
-        .select("source", "id")
-        .join(table, on=keys, how="left", maintain_order="left")
-    )
-    values = joined.select(LABELS).to_numpy()
-    absent = joined.filter(pl.any_horizontal(pl.col(LABELS).is_null()))
-    if len(absent):
-        raise ValueError(
-            f"{path} has no probabilities for {len(absent)} of {len(joined)} ids, first {absent['id'][0]}: "
-            "was it made for other comparisons?"
-        )
-    if (bad := ~(np.abs(values.sum(1) - 1) <= SUM_TOLERANCE) | (values < 0).any(1)).any():
-        row = joined.row(int(bad.argmax()), named=True)
-        raise ValueError(
-            f"{path}: the probabilities of id {row['id']} are {[row[name] for name in LABELS]}; expected "
-            "numbers from 0 on that sum to 1"
-        )
-    return values
-
-
 def unique_names(paths: list[Path]) -> list[str]:
     """The last part of each path, with the parent before it where two are alike.
 
@@ -212,94 +243,63 @@ def unique_names(paths: list[Path]) -> list[str]:
 
 
 def finish(
-    run: Run, frame: pl.DataFrame, orders: dict[str, dict[str, np.ndarray]], weights: tuple[float, ...]
+    run: Run, frame: pl.DataFrame, orders: dict[str, dict[str, np.ndarray]], prior: list[float] | None
 ) -> None:
-    """Saves probabilities by key and the scores of what is labelled."""
+    """Saves probabilities by key, the scores of what is labelled, and the picture of how honest they are."""
+    recipe = run.description["recipe"]
     run.begin()
-    means = {name: average(found) for name, found in orders.items()}
-    ensemble = np.average(list(means.values()), axis=0, weights=weights).astype(np.float32)
-    groups = {f"{name}/{order}": values for name, found in orders.items() for order, values in found.items()}
-    groups |= {f"{name}/mean": values for name, values in means.items()} | {ENSEMBLE: ensemble}
-    columns = [
-        pl.Series(f"{group}/{label}", values[:, i])
-        for group, values in groups.items()
-        for i, label in enumerate(LABELS)
-    ]
-    write_table(frame.select("source", "id").with_columns(columns), run.folder / "probabilities.parquet")
-    labelled = frame.select(is_labelled()).to_series().to_numpy()
-    scores = {}
-    if labelled.any():
-        labels = labels_array(frame)[labelled]
-        scores = {group: score(values[labelled], labels) for group, values in groups.items()}
-        for name, found in orders.items():
-            if len(found) == len(ORDERS):
-                pair = [found[order][labelled] for order in ORDERS]
-                scores[f"{name}/mean"]["swap_consistency"] = swap_consistency(*pair)
-        scores[ENSEMBLE]["slices"] = slices(frame.filter(labelled), ensemble[labelled], labels)
+    groups, fit = make_groups(frame, orders, recipe["weights"], recipe["ensemble_orders"])
+    write_table(probability_table(frame, groups), run.folder / "probabilities.parquet")
+    scores = score_groups(frame, groups, prior, fit)
     write_json(run.folder / "scores.json", scores)
+    if scores:
+        from common.report.pictures import reliability  # scoring does not wait for matplotlib
+
+        labelled = labelled_rows(frame)
+        labels = labels_array(frame)[labelled]
+        shown = {name: groups[contributed(name, order)] for name, order in ensemble_members(run).items()}
+        if len(shown) > 1:
+            shown[ENSEMBLE] = groups[ENSEMBLE]
+        reliability(
+            run.folder / "reliability.png", {name: (p[labelled], labels) for name, p in shown.items()}
+        )
     run.finish(scores)
 
 
-def slices(
-    frame: pl.DataFrame, probabilities: np.ndarray, labels: np.ndarray
-) -> dict[str, dict[str, object]]:
-    """Log loss with interval by number of turns and by quarter of the answers' length in characters."""
-    losses = per_row_log_loss(probabilities, labels)
-    turns = frame["prompt"].list.len().to_numpy()
-    answers = pl.col("response_a", "response_b").list.eval(pl.element().str.len_chars()).list.sum()
-    characters = frame.select(answers).sum_horizontal().to_numpy()
-    edges = np.quantile(characters, (0.25, 0.5, 0.75))
-    groups = {"1 turn": turns == 1, "2 turns": turns == 2, "3 or more turns": turns >= 3}
-    quarter = np.searchsorted(edges, characters, side="left")
-    for i, name in enumerate(("shortest", "second", "third", "longest")):
-        groups[f"{name} quarter of answers"] = quarter == i
-    return {
-        name: {
-            "num_comparisons": int(mask.sum()),
-            "log_loss": float(losses[mask].mean()),
-            "interval": list(bootstrap_interval(losses[mask])),
-        }
-        for name, mask in groups.items()
-        if mask.any()
+def ensemble_members(run: Run) -> dict[str, EnsembleOrder]:
+    """Model -> the order that it adds to the ensemble."""
+    recipe = run.description["recipe"]
+    return dict(zip(recipe["models"], recipe["ensemble_orders"], strict=True))
+
+
+def find_calibration(run: Run, frame: pl.DataFrame) -> dict[str, object]:
+    """Reads calibration.json of a finished run, or makes it from the saved probabilities.
+
+    It follows from them and from the recipe, so that it can be asked for later. The ensemble's result stands
+    on top, that of each model, in the order that it adds, under `per_model`.
+    """
+    path = run.folder / "calibration.json"
+    if path.is_file():
+        say(f"{path} is up to date")
+        return read_json(path)
+    table = pl.read_parquet(run.folder / "probabilities.parquet").filter(is_labelled())
+    frame = frame.filter(is_labelled())
+    assert table.select("source", "id").equals(frame.select("source", "id")), "the inputs' hash says so"
+    labels, keys = labels_array(table), group_keys(frame)
+    members = ensemble_members(run)
+    found = {
+        "models": list(members),
+        "weights": run.description["recipe"]["weights"],
+        "orders": list(members.values()),
+        "num_comparisons": len(table),
+        **calibrate(read_group(table, ENSEMBLE), labels, keys),
+        "per_model": {
+            name: calibrate(read_group(table, contributed(name, order)), labels, keys)
+            for name, order in members.items()
+        },
     }
-
-
-def show_scores(title: str, scores: dict[str, dict]) -> None:
-    """Prints one row a model and order, then the ensemble's slices."""
-    if not scores:
-        say("the comparisons are unlabelled: no score")
-        return
-    show_table(
-        title,
-        ("model / order", "comparisons", "log loss", "95 % interval", "accuracy", "calibration", "swap"),
-        [
-            (
-                group,
-                f"{found['num_comparisons']:,}",
-                f"{found['log_loss']:.4f}",
-                "{:.4f} to {:.4f}".format(*found["log_loss_interval"]),
-                f"{found['accuracy']:.3f}",
-                f"{found['calibration_error']['top']:.3f}",
-                f"{found['swap_consistency']['mean_absolute_difference']:.3f}"
-                if "swap_consistency" in found
-                else None,
-            )
-            for group, found in scores.items()
-        ],
-    )
-    show_table(
-        f"{title}, {ENSEMBLE} by slice",
-        ("slice", "comparisons", "log loss", "95 % interval"),
-        [
-            (
-                name,
-                f"{s['num_comparisons']:,}",
-                f"{s['log_loss']:.4f}",
-                "{:.4f} to {:.4f}".format(*s["interval"]),
-            )
-            for name, s in scores[ENSEMBLE]["slices"].items()
-        ],
-    )
+    write_json(path, found)
+    return found
 
 
 def write_submission(path: Path, probabilities: Path, frame: pl.DataFrame) -> None:

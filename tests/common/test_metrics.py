@@ -17,6 +17,7 @@ from common.metrics import (
     paired_standard_error,
     per_row_log_loss,
     prior_log_loss,
+    rescale,
     score,
     swap_consistency,
 )
@@ -212,3 +213,35 @@ def test_row_order_changes_no_score(seed, num_rows):
 def test_soft_labels_are_best_met_by_themselves(seed, num_rows):
     labels, other = (sampled(num_rows, seed + i)[0] for i in range(2))
     assert log_loss(labels, labels) <= log_loss(other, labels) + 1e-12
+
+
+def test_rescale_by_hand():
+    root = math.sqrt(0.8), math.sqrt(0.1), math.sqrt(0.1)
+    halved = rescale([[0.8, 0.1, 0.1]], [0.5] * 3, [0, 0, 0])
+    assert halved[0] == pytest.approx([part / sum(root) for part in root]) and halved.dtype == np.float64
+    assert rescale([[0.8, 0.1, 0.1]], [1] * 3, [0, math.log(8), 0])[0] == pytest.approx(
+        [8 / 17, 8 / 17, 1 / 17]
+    )
+    probabilities, _ = sampled(50)
+    np.testing.assert_allclose(rescale(probabilities, np.ones(3), np.zeros(3)), probabilities, atol=1e-12)
+
+
+def test_rescale_clips_and_sums_to_one():
+    certain = rescale(np.array([[1, 0, 0]], dtype=np.float32), [2, 0.1, 1], [0, 0, 0])
+    assert np.isfinite(certain).all() and certain.sum() == pytest.approx(1)
+    assert certain[0, 1] == pytest.approx(1e-15**0.1 / (1 + 1e-15**0.1 + 1e-15))
+    extreme = rescale([[1e-9, 1 - 1e-9, 0]], [500, 500, 500], [0, 1e4, 0])
+    assert np.isfinite(extreme).all() and extreme.sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("scale", "bias", "message"),
+    [
+        ([1, 1], [0, 0, 0], "scale is .* expected 3 finite numbers"),
+        ([1, 1, 1], [0, np.nan, 0], "bias is .*nan.* expected 3 finite numbers"),
+        ([1, 1, 1], 0.0, "bias is 0.0"),
+    ],
+)
+def test_rescale_with_other_classes(scale, bias, message):
+    with pytest.raises(ValueError, match=message):
+        rescale([[0.2, 0.3, 0.5]], scale, bias)
