@@ -30,7 +30,7 @@ setup extra="dev":
     [ "$wanted" = "$(cat "$stamp" 2>/dev/null)" ] && exit 0
     {{python}} -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[{{extra}}]" && echo "$wanted" > "$stamp"
 
-# The whole pipeline on tiny models, on a CPU (about 3 minutes): --train-csv F --test-csv G for real votes
+# The whole pipeline on tiny models, on a CPU (about 5 minutes): --train-csv F --test-csv G for real votes
 [no-exit-message]
 demo *args: setup
     @{{python}} stages/demo.py "$@"
@@ -81,11 +81,20 @@ pseudo-label *args: setup
 evaluate *args: setup
     @{{launch_replicas}} stages/evaluate.py "$@"
 
-# Build, verify and upload the bundle
+# Build the bundle and prove it offline; --upload --owner NAME brings it to Kaggle
 [no-exit-message]
-submit *args:
-    @echo "just submit: the bundle is not built yet in this version; evaluate --submission writes submission.csv" >&2
-    @exit 1
+submit *args: setup
+    @{{python}} kaggle/submit.py "$@"
+
+# What happened, as one page with pictures: artifacts/report/report.html
+[no-exit-message]
+report *args: setup
+    @{{python}} stages/report.py "$@"
+
+# What this machine has and lacks; needs no set-up
+[no-exit-message]
+doctor *args:
+    @{{python}} stages/doctor.py "$@"
 
 [no-exit-message]
 _train stage model *args:

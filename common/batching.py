@@ -150,6 +150,32 @@ def plan_micro_batches(
     return ranks
 
 
+def length_sorted_micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Sequences of like length together, longest first: for inference, where each device takes the next one.
+
+    The longest micro-batch comes first, so that a device that is too small says so at once, and the last ones
+    are short, so that several devices end at about the same time.
+
+    Args:
+        lengths: Tokens of each sequence.
+        max_tokens: Budget in tokens of one micro-batch. A longer sequence gets one of its own.
+
+    Returns:
+        Lists of indices into `lengths`.
+
+    Example: lengths [5, 3, 7], 8 tokens -> [[2], [0, 1]].
+    """
+    micro_batches: list[list[int]] = []
+    room = 0
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not micro_batches or lengths[i] > room:
+            micro_batches.append([])
+            room = max_tokens
+        micro_batches[-1].append(i)
+        room -= lengths[i]
+    return micro_batches
+
+
 def _fill(
     order: Sequence[int], lengths: Sequence[int], num_bins: int, max_tokens: int, cost: Callable[[int], float]
 ) -> list[list[int]] | None:

@@ -29,10 +29,17 @@ def cli(main: Callable[[Any], None], *, arguments: Any = None) -> None:
     import tyro  # only command lines need it, the notebook does not have it
 
     kind = arguments if arguments is not None else next(iter(main.__annotations__.values()))
+    with clear_errors():
+        main(tyro.cli(kind))
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Ends the process with one line and status 1 where the block raises for a user's mistake or a disk."""
     rank = int(os.environ.get("RANK", "0"))
     who = f" (process {rank})" if rank else ""
     try:
-        main(tyro.cli(kind))
+        yield
     except ValueError as error:
         print(f"error{who}: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

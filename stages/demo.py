@@ -1,7 +1,8 @@
-"""The whole method at work on tiny models: votes -> teachers -> pseudo labels -> students -> submission.csv.
+"""The whole method at work on tiny models: votes -> teachers -> pseudo labels -> students -> bundle.
 
 In    nothing (a synthetic arena is drawn), or --train-csv and --test-csv in the competition's form
-Out   artifacts/demo/ : the tree of the real thing, submission.csv, summary.json
+Out   artifacts/demo/ : the tree of the real thing, the verified bundle/, its submission.csv,
+      report/report.html, summary.json
 Run   just demo
       just demo --train-csv train.csv --test-csv test.csv
 
@@ -27,6 +28,7 @@ from common.pairs import LABELS, labels_array, read_comparisons, write_compariso
 MODELS = ("tiny-gemma", "tiny-llama")
 STAGES = ("stage1", "stage2", "stage3")
 SCORED_FOLD, POOL_FOLD = 0, 1
+CODE = (".py", ".ipynb", ".j2")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -58,12 +60,14 @@ def main(args: Args) -> None:
     done = demo / "summary.json"
     if (demo / "demo.json").is_file() and read_json(demo / "demo.json") == {**identity, "complete": True}:
         show_summary(read_json(done)["stages"])
-        say(f"{demo} is up to date: {demo / 'submission.csv'}, {done}")
+        say(f"{demo} is up to date")
+        show_results(demo)
         return
     write_json(demo / "demo.json", {**identity, "complete": False})
 
-    prepare(args, demo)
-    votes, pool, test = (demo / "data" / f"{name}.parquet" for name in ("votes", "pool", "test"))
+    train_csv, test_csv = args.train_csv or demo / "raw/train.csv", args.test_csv or demo / "raw/test.csv"
+    prepare(args, demo, train_csv)
+    votes, pool = (demo / "data" / f"{name}.parquet" for name in ("votes", "pool"))
     base = ["--artifacts", demo]
     train = [*base, "--votes", votes, "--tracker", "none"]
     together([script("stages/stage1.py", model, *train) for model in MODELS])
@@ -74,25 +78,26 @@ def main(args: Args) -> None:
     together([script("stages/stage2.py", model, *train, "--comparisons", pool) for model in MODELS])
     stage3 = [script("stages/stage3.py", model, *train) for model in MODELS]
     together([*stage3, *([*command, "--final"] for command in stage3)])
-    finals = [demo / "stage3" / f"{model}-final" for model in MODELS]
-    submission = ["--submission", demo / "submission.csv", "--name", "test", "--comparisons", test]
+    as_served = ["--weights", 2, 1, "--ensemble-orders", "given", "swapped", "--calibrate"]
     together(
         [
-            *(evaluation(stage, demo, votes) for stage in STAGES),
-            script("stages/evaluate.py", *base, *submission, "--checkpoints", *finals),
+            *(evaluation(stage, stage, demo, votes) for stage in STAGES),
+            [*evaluation("stage3", "served", demo, votes), *map(str, as_served)],
         ]
     )
-
+    together([script("kaggle/submit.py", *base, "--test", test_csv, "--evaluation", "served")])
     stages = summarise(demo, votes)
     write_json(done, {"stages": stages, "submission": str(demo / "submission.csv")})
+    together([script("stages/report.py", *base)])
     write_json(demo / "demo.json", {**identity, "complete": True})
     show_summary(stages)
-    say(f"submission: {demo / 'submission.csv'}; numbers: {done}")
+    show_results(demo)
 
 
 def describe_inputs(args: Args) -> dict[str, object]:
     """What a demo is made from: the votes and the code."""
-    code = sorted(path for part in ("common", "stages", "data_prep") for path in (ROOT / part).rglob("*.py"))
+    parts = ("common", "stages", "data_prep", "kaggle")
+    code = sorted(path for part in parts for path in (ROOT / part).rglob("*") if path.suffix in CODE)
     return {
         "train_csv": args.train_csv and file_hash(args.train_csv),
         "test_csv": args.test_csv and file_hash(args.test_csv),
@@ -128,13 +133,12 @@ def aside(demo: Path, identity: dict) -> Path:
     return demo.with_name(f"{demo.name}-synthetic" if votes is None else f"{demo.name}-votes-{votes[:8]}")
 
 
-def prepare(args: Args, demo: Path) -> None:
-    """Raw files -> votes, pool and test tables, and the two tiny checkpoints."""
+def prepare(args: Args, demo: Path, train_csv: Path) -> None:
+    """Raw files -> votes and pool, and the two tiny checkpoints."""
     arena = ["data_prep/demo_arena.py", "--output", demo]
     together([script(*arena, *(["--train-csv", args.train_csv] if args.train_csv else []))])
-    train_csv, test_csv = args.train_csv or demo / "raw/train.csv", args.test_csv or demo / "raw/test.csv"
     data = demo / "data"
-    tables = [("arena", train_csv, 5), ("test", test_csv, 0)]
+    tables = [("arena", train_csv, 5)]
     if args.train_csv is None:
         tables.append(("pool", demo / "raw/pool.csv", 0))
     together([read_csv(path, data / f"{name}.parquet", name, folds) for name, path, folds in tables])
@@ -158,9 +162,9 @@ def read_csv(path: Path, output: Path, source: str, folds: int) -> list[str]:
     return script("data_prep/competition.py", *flags)
 
 
-def evaluation(stage: str, demo: Path, votes: Path) -> list[str]:
+def evaluation(stage: str, name: str, demo: Path, votes: Path) -> list[str]:
     """The command that scores a stage's models and their ensemble on the scored fold."""
-    which = ["--artifacts", demo, "--comparisons", votes, "--fold", SCORED_FOLD, "--name", stage]
+    which = ["--artifacts", demo, "--comparisons", votes, "--fold", SCORED_FOLD, "--name", name]
     checkpoints = [demo / stage / model for model in MODELS]
     return script("stages/evaluate.py", *which, "--checkpoints", *checkpoints)
 
@@ -249,6 +253,17 @@ def show_summary(stages: list[dict[str, object]]) -> None:
             for row in stages
         ],
     )
+
+
+def show_results(demo: Path) -> None:
+    """Says where everything lies."""
+    for what, name in (
+        ("bundle, verified", "bundle"),
+        ("its submission", "submission.csv"),
+        ("report", "report/report.html"),
+        ("numbers", "summary.json"),
+    ):
+        say(f"{what}: {demo / name}")
 
 
 def gap_closed(row: dict[str, object]) -> float:

@@ -52,8 +52,3 @@ def test_several_machines_shard_within_and_replicate_over(monkeypatch):
 def test_labelling_and_evaluation_hold_replicas():
     for recipe in ("pseudo-label", "evaluate"):
         assert "accelerate_configs/ddp.yaml" in dry("gpus=4", recipe)
-
-
-def test_submit_says_that_there_is_no_bundle_yet():
-    found = subprocess.run(["just", "submit"], cwd=ROOT, capture_output=True, text=True)
-    assert found.returncode == 1 and "bundle is not built" in found.stderr

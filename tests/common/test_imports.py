@@ -6,8 +6,8 @@ import sys
 import pytest
 from helpers import ROOT, make_checkpoint
 
-SERVED = ("pairs", "prompts", "batching", "models", "ops", "predict", "metrics", "console", "files")
-ALLOWED = ("torch", "transformers", "safetensors", "polars", "rich", "numpy", "huggingface_hub")
+from contents import LIBRARIES, SERVED
+
 ABSENT = (
     "accelerate",
     "datasets",
@@ -20,7 +20,7 @@ ABSENT = (
     "pytest",
 )
 
-# Hides every installed package that is neither in ALLOWED nor needed by one that is, as if it were not there.
+# Hides every installed package that is neither in LIBRARIES nor needed by one that is, as if it were absent.
 ONLY_ALLOWED = """
 import importlib.machinery, importlib.metadata as metadata, re, sys
 
@@ -65,7 +65,7 @@ def run_with_allowed_only(code, *arguments):
         sys.executable,
         "-c",
         ONLY_ALLOWED + code,
-        ",".join(ALLOWED),
+        ",".join(LIBRARIES),
         ",".join(ABSENT),
         *map(str, arguments),
     ]

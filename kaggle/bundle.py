@@ -1,0 +1,367 @@
+"""Builds the bundle: finals as fp16 safetensors, the code that serves them, a notebook, a manifest.
+
+In    artifacts/stage3/*-final (or --finals); with --evaluation, held-out probabilities in artifacts/evaluate
+Out   artifacts/bundle/ : manifest.json, notebook.ipynb, code/, models/, wheels/
+Run   just submit, which also verifies it; alone: python kaggle/bundle.py
+
+Weights are converted one model at a time on the CPU: 9B takes about 20 GB of memory.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+import torch
+
+from common.calibration import cross_fit_weights
+from common.console import cli, say, show_table
+from common.files import file_hash, read_json, replacing_folder, write_json
+from common.inputs import checkpoint_hash
+from common.models import load_model, save_checkpoint
+from common.pairs import LABELS, is_labelled, labels_array
+from common.predict import open_prompter
+from common.prompts import Order
+from common.scores import contributed, interval, read_group
+from contents import KERNEL, LIBRARIES, code_hash, needed_distributions, write_code
+from manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manifest
+
+OrderPolicy = Literal[Order, "both"]
+POLICY: dict[str, tuple[OrderPolicy, float]] = {
+    # Order in which a model sees the answers, and its weight: the original's 2 : 1. One order each is half
+    # of the time, and two models that see opposite orders make up for each other's leaning.
+    "gemma9b": ("given", 2.0),
+    "armorm8b": ("swapped", 1.0),
+    "tiny-gemma": ("given", 2.0),
+    "tiny-llama": ("swapped", 1.0),
+}
+DEFAULT_POLICY: tuple[OrderPolicy, float] = ("both", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """A bundle of finished models."""
+
+    artifacts: Path = Path("artifacts")
+    """Tree of everything made; inputs and outputs are found below it unless named."""
+    finals: tuple[Path, ...] = ()
+    """Checkpoint folders; by default every complete one that is called <artifacts>/stage3/*-final."""
+    output: Path | None = None
+    """By default <artifacts>/bundle."""
+    orders: tuple[OrderPolicy, ...] = ()
+    """Order in which each final sees the answers, one a final; by default by model."""
+    weights: tuple[float, ...] = ()
+    """Ensemble weights, one a final; by default by model."""
+    evaluation: str | None = None
+    """Subfolder of <artifacts>/evaluate whose kept scaling is served, and whose votes --fit-weights takes."""
+    fit_weights: bool = False
+    """Fit the ensemble weights on the held-out votes of --evaluation, in place of the default ones."""
+    wheels: Path | None = None
+    """Folder of wheels to take along, installed by the notebook without network."""
+    accept_different_data: bool = False
+    """Bundle finals that were trained on different votes."""
+    max_shard_bytes: int = 5_000_000_000
+    """Most bytes per weight file."""
+
+    def __post_init__(self) -> None:
+        if self.weights and (min(self.weights) < 0 or sum(self.weights) <= 0):
+            raise ValueError(f"--weights is {self.weights}, expected numbers >= 0 with a sum above 0")
+        if self.fit_weights and self.weights:
+            raise ValueError(f"--fit-weights and --weights {self.weights} exclude each other; leave one out")
+        if self.fit_weights and self.evaluation is None:
+            raise ValueError(
+                "--fit-weights needs votes that the validation runs have not seen: name their evaluation, "
+                "such as --evaluation stage3 (made by just evaluate --name stage3)"
+            )
+        if self.wheels is not None and not list(self.wheels.glob("*.whl")):
+            raise ValueError(f"--wheels {self.wheels} holds no .whl file")
+
+
+def main(args: Args) -> None:
+    output = args.output or args.artifacts / "bundle"
+    manifest = describe(args)
+    if is_same(output, manifest):
+        say(f"{output} is up to date")
+    else:
+        write(manifest, args, output)
+
+
+def describe(args: Args) -> dict[str, object]:
+    """The manifest of the bundle that these arguments ask for, without its files.
+
+    Raises:
+        ValueError: The finals are missing, broken or do not fit together.
+    """
+    models = [describe_final(path) for path in args.finals or find_finals(args.artifacts / "stage3")]
+    check_together(models, accept_different_data=args.accept_different_data)
+    set_policy(models, args)
+    show_models(models)
+    return {
+        "format": FORMAT,
+        "classes": list(LABELS),
+        "prior": np.mean([model.pop("label_prior") for model in models], axis=0).tolist(),
+        "models": models,
+        "scaling": find_scaling(args, models),
+        "code": code_hash(args.wheels),
+        "requirements": {
+            "libraries": needed_distributions(LIBRARIES),
+            "kernel": needed_distributions(KERNEL),
+        },
+    }
+
+
+def write(manifest: dict, args: Args, output: Path, *, earlier: tuple[Path, ...] = ()) -> None:
+    """Writes a bundle; the folder appears when it is whole.
+
+    Args:
+        manifest: As of `describe`.
+        args: Whence code and weights come.
+        output: Folder to make or replace.
+        earlier: Further bundles, from which models that did not change are taken.
+
+    Raises:
+        ValueError: A weight does not fit fp16, or nothing can be written.
+    """
+    with replacing_folder(output) as folder:
+        write_code(folder, args.wheels)
+        for model in manifest["models"]:
+            if not take_over(model, folder, (output, *earlier)):
+                final = Path(model["checkpoint"])
+                convert(final, folder / model["folder"], max_shard_bytes=args.max_shard_bytes)
+        files = {name: file_hash(folder / name) for name in files_of(folder)}
+        write_json(folder / MANIFEST, {**manifest, "files": files})
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    say(f"{output}: {len(manifest['models'])} models, {size / 1e9:.3f} GB")
+
+
+def find_finals(folder: Path) -> tuple[Path, ...]:
+    """Folders of finished finals, by name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = tuple(path.parent for path in sorted(folder.glob("*-final/run.json")))
+    if not found:
+        raise ValueError(
+            f"{folder} holds no final (*-final); make one with just stage3 MODEL --final, or name --finals"
+        )
+    return found
+
+
+def describe_final(path: Path) -> dict[str, object]:
+    """What the manifest says of a final, after checking that it is one.
+
+    Raises:
+        ValueError: It is not finished, not trained by a stage, or its prompt is not what this code gives.
+    """
+    for name in ("run.json", "preference.json", "config.json", "trained_on.parquet"):
+        if not (path / name).is_file():
+            raise ValueError(
+                f"{path} has no {name}: it is not a finished final; run just stage3 MODEL --final"
+            )
+    if (status := read_json(path / "run.json").get("status")) != "complete":
+        raise ValueError(f"{path} is not finished (status {status}): give its stage's command again")
+    preference = read_json(path / "preference.json")
+    if preference["classes"] != list(LABELS):
+        raise ValueError(
+            f"{path} answers in the class order {preference['classes']}, this code serves {list(LABELS)}: "
+            "its probabilities would land in the wrong columns. Train it with this code"
+        )
+    prompter = open_prompter(str(path), preference)
+    name = path.name.removesuffix("-final")
+    return {
+        "name": name,
+        "folder": f"models/{name}",
+        "model": preference["model"],
+        "stage": preference["stage"],
+        "format": preference["formats"][0],
+        "template_hash": prompter.template_hash,
+        "prompt_hash": prompter.prompt_hash,
+        "checkpoint": str(path),
+        "checkpoint_hash": checkpoint_hash(path),
+        "lineage": preference["lineage"],
+        "label_prior": preference["label_prior"],
+    }
+
+
+def check_together(models: list[dict], *, accept_different_data: bool) -> None:
+    """ValueError where finals do not make one ensemble: names, stages, lineage."""
+    for model in models:
+        if model["lineage"]["held_out"] is not None:
+            raise ValueError(
+                f"{model['checkpoint']} is a validation run: it was not trained on its held-out fold. Bundle "
+                "the final instead: just stage3 MODEL --final"
+            )
+    first = models[0]
+    for other in models[1:]:
+        pair = f"{first['checkpoint']} and {other['checkpoint']}"
+        if len({model["name"] for model in models}) < len(models):
+            raise ValueError(f"{pair}: two finals would have one name in the bundle; rename a folder")
+        if first["checkpoint_hash"] == other["checkpoint_hash"]:
+            raise ValueError(f"{pair} hold the same weights; name each final once")
+        if first["stage"] != other["stage"]:
+            raise ValueError(
+                f"{pair} are of the stages {first['stage']} and {other['stage']}; take one stage"
+            )
+        votes = [model["lineage"]["train"] for model in (first, other)]
+        if votes[0] != votes[1] and not accept_different_data:
+            raise ValueError(
+                f"{pair} were trained on different votes ({votes[0][:12]} and {votes[1][:12]}); train "
+                "both on the same, or say --accept-different-data"
+            )
+
+
+def set_policy(models: list[dict], args: Args) -> None:
+    """Gives every model its order and its weight."""
+    for flag in ("orders", "weights"):
+        given = getattr(args, flag)
+        if given and len(given) != len(models):
+            names = " ".join(model["name"] for model in models)
+            raise ValueError(
+                f"--{flag} has {len(given)} entries for {len(models)} finals ({names}); give one each"
+            )
+    for i, model in enumerate(models):
+        order, weight = POLICY.get(model["model"], DEFAULT_POLICY)
+        model["order"] = args.orders[i] if args.orders else order
+        model["weight"] = float(args.weights[i]) if args.weights else weight
+    if args.fit_weights:
+        fit_weights(models, args.artifacts / "evaluate" / args.evaluation)
+
+
+def fit_weights(models: list[dict], evaluation: Path) -> None:
+    """Replaces the weights by those fitted on held-out votes, and says what that gains."""
+    path = evaluation / "probabilities.parquet"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; make it with just evaluate --name {evaluation.name}")
+    table = pl.read_parquet(path).filter(is_labelled())
+    groups = [contributed(model["name"], model["order"]) for model in models]
+    for group in groups:
+        if f"{group}/{LABELS[0]}" not in table.columns:
+            raise ValueError(
+                f"{path} has no probabilities {group}; evaluate the validation runs of the same models in "
+                "both orders, under the finals' names without -final"
+            )
+    given = [model["weight"] for model in models]
+    keys = ["/".join(key) for key in table.select("source", "id").rows()]
+    _, found = cross_fit_weights(
+        [read_group(table, group) for group in groups], labels_array(table), keys, given
+    )
+    for model, weight in zip(models, found["weights"], strict=True):
+        model["weight"] = round(weight, 4)
+    say(
+        f"weights fitted on {len(table):,} votes of {evaluation.name}: gain over {given} across folds "
+        f"{found['gain']:+.4f} ({interval(found['gain_interval'])})"
+        + ("" if found["gain_interval"][0] > 0 else "; the interval holds 0: the default is as good")
+    )
+
+
+def find_scaling(args: Args, models: list[dict]) -> dict[str, list[float]] | None:
+    """The scaling that the evaluation kept, if it was fitted on this very ensemble.
+
+    Raises:
+        ValueError: It was fitted on other models, orders or weights.
+    """
+    if args.evaluation is None:
+        return None
+    path = args.artifacts / "evaluate" / args.evaluation / "calibration.json"
+    if not path.is_file():
+        say(f"{path} does not exist (just evaluate --calibrate): served without scaling")
+        return None
+    found = read_json(path)
+    if found["kept"] is None:
+        say(f"{path}: no scaling gains beyond doubt: served without")
+        return None
+    fitted = [found["models"], found["orders"], shares(found["weights"])]
+    served = [[model[field] for model in models] for field in ("name", "order")]
+    served.append(shares([model["weight"] for model in models]))
+    if fitted != served:
+        orders, weights = (" ".join(str(model[field]) for model in models) for field in ("order", "weight"))
+        raise ValueError(
+            f"{path} was fitted on the models, orders and weights {fitted}, but the bundle serves {served}; "
+            f"run just evaluate --calibrate --ensemble-orders {orders} --weights {weights} on the validation "
+            "runs, or leave --evaluation out"
+        )
+    return found["scaling"]
+
+
+def shares(weights: list[float]) -> list[float]:
+    """Weights as shares of their sum, to four digits."""
+    return [round(weight / sum(weights), 4) for weight in weights]
+
+
+def convert(final: Path, folder: Path, *, max_shard_bytes: int) -> None:
+    """Writes a final as fp16 checkpoint; what fp16 cannot hold is an error that names the tensor."""
+    say(f"{final}: to fp16")
+    model = load_model(final, dtype=torch.float16)
+    preference = model.preference
+    prompter = open_prompter(str(final), preference)
+    save_checkpoint(
+        folder,
+        model=model,
+        tokenizer=prompter.tokenizer,
+        preference=preference,
+        max_shard_bytes=max_shard_bytes,
+    )
+    open_prompter(str(folder), preference)  # the saved tokenizer is still the same one
+
+
+def take_over(model: dict, folder: Path, bundles: tuple[Path, ...]) -> bool:
+    """Links a model's files from a bundle that was made from the same final; False where there is none."""
+    for bundle in bundles:
+        try:
+            found = read_bundle(bundle)
+        except ValueError:
+            continue
+        for other in found["models"]:
+            if other["checkpoint_hash"] == model["checkpoint_hash"]:
+                say(f"{model['checkpoint']}: unchanged since the last bundle")
+                shutil.copytree(
+                    bundle / other["folder"], folder / model["folder"], copy_function=link_or_copy
+                )
+                return True
+    return False
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """A hard link, which costs no disk; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def is_same(output: Path, manifest: dict) -> bool:
+    """Whether the bundle that lies there is whole and says the same, its files aside.
+
+    Raises:
+        ValueError: The folder holds something else than a bundle.
+    """
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    if not (output / MANIFEST).is_file():
+        raise ValueError(f"{output} holds files but no {MANIFEST}; choose another --output or empty it")
+    try:
+        found = read_manifest(output)
+        del found["files"]
+        if found != manifest:
+            return False
+        read_bundle(output)
+    except ValueError as error:
+        say(f"{error}; building it again")
+        return False
+    return True
+
+
+def show_models(models: list[dict]) -> None:
+    """Prints what is served how."""
+    rows = [
+        (m["name"], m["checkpoint"], m["order"], f"{m['weight']:g}", m["template_hash"][:12]) for m in models
+    ]
+    show_table("bundle", ("model", "final", "order", "weight", "template"), rows)
+
+
+if __name__ == "__main__":
+    cli(main)

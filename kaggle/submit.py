@@ -1,0 +1,88 @@
+"""From finals to a submission: builds the bundle, proves it, and with --upload brings it to Kaggle.
+
+In    artifacts/stage3/*-final ; data/test.csv, or three rows of our own
+Out   artifacts/bundle/, which appears only when it is verified; artifacts/submission.csv
+Run   just submit
+      just submit --upload --owner YOUR_KAGGLE_NAME
+
+Until all checks have passed the bundle lies in artifacts/bundle-unverified, and the last good one stays.
+"""
+
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import bundle
+import verify
+from common.console import cli, say
+from common.recipe import by_flags
+from manifest import read_verification
+from upload import upload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Build, verify and upload a bundle."""
+
+    build: bundle.Args = field(default_factory=bundle.Args)
+    test: Path | None = None
+    """The competition's test.csv; by default data/test.csv, or three rows of our own without it."""
+    submission: Path | None = None
+    """Where the notebook's answers for test.csv are kept; by default <artifacts>/submission.csv."""
+    stress_rows: int | None = None
+    """Rows of the generated set of hard rows; by default 25,000 for tiny models and 200 for others."""
+    tolerance: float = 1e-3
+    """Largest difference allowed between a probability and the stages' in fp32."""
+    upload: bool = False
+    """Upload the verified bundle with the official kaggle client."""
+    owner: str | None = None
+    """Kaggle user name, for --upload."""
+    slug: str = "arena-preference-bundle"
+    """Name of the data set and of the notebook on Kaggle."""
+
+    def __post_init__(self) -> None:
+        if self.upload and not self.owner:
+            raise ValueError("--upload needs --owner, your Kaggle user name")
+        if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.slug) or not 6 <= len(self.slug) <= 50:
+            raise ValueError(
+                f"--slug is {self.slug!r}, expected 6 to 50 lower-case letters, digits and single hyphens"
+            )
+
+
+def main(args: Args) -> None:
+    output = args.build.output or args.build.artifacts / "bundle"
+    check = verify.Args(
+        artifacts=args.build.artifacts,
+        test=args.test,
+        submission=args.submission,
+        stress_rows=args.stress_rows,
+        tolerance=args.tolerance,
+    )
+    manifest = bundle.describe(args.build)
+    if bundle.is_same(output, manifest) and is_verified(output, check):
+        say(f"{output} is up to date and verified")
+    else:
+        candidate = output.with_name(f"{output.name}-unverified")
+        if not bundle.is_same(candidate, manifest):
+            bundle.write(manifest, args.build, candidate, earlier=(output,))
+        verify.verify(check, candidate)
+        shutil.rmtree(output, ignore_errors=True)
+        candidate.rename(output)
+        say(f"{output} is complete")
+    if args.upload:
+        upload(output, owner=args.owner, slug=args.slug)
+
+
+def is_verified(output: Path, check: verify.Args) -> bool:
+    """Whether the bundle was proven, and on the test.csv that is asked for now."""
+    try:
+        found = read_verification(output)
+    except ValueError as error:
+        say(f"{error}")
+        return False
+    return found["test"] == verify.describe_test(check) and verify.submission_path(check).is_file()
+
+
+if __name__ == "__main__":
+    cli(main, arguments=by_flags(Args))

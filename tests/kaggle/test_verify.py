@@ -1,0 +1,200 @@
+"""What verification catches: a bundle that answers otherwise than the stages, whatever its hashes say."""
+
+import csv
+import json
+
+import pytest
+from conftest import make_final, reseal, write_test_csv
+
+import bundle as bundling
+import submit
+import verify
+from common.competition_csv import BadRowError, parse_texts, read_rows
+from common.files import read_json, write_json
+from common.pairs import LABELS
+from manifest import MANIFEST, read_bundle, read_verification
+from stress import write_stress_set
+
+
+def run_verify(artifacts, **flags):
+    flags = {"stress_rows": 60, "sample_rows": 20, **flags}
+    verify.verify(verify.Args(artifacts=artifacts, **flags), artifacts / "bundle")
+
+
+def edit(artifacts, name, old, new):
+    """Changes a line of the bundle's code and renews the hashes."""
+    path = artifacts / "bundle/code" / name
+    text = path.read_text()
+    assert text.count(old) == 1, (name, old)
+    path.write_text(text.replace(old, new))
+    reseal(artifacts / "bundle")
+
+
+def test_a_good_bundle_is_verified_and_sealed(artifacts, tmp_path):
+    test = write_test_csv(tmp_path / "test.csv")
+    run_verify(artifacts, test=test, submission=tmp_path / "s.csv")
+    found = read_verification(artifacts / "bundle")
+    names = {check["name"] for check in found["checks"]}
+    assert found["passed"] and {"test: network cut off", "stress: token ids equal the stages'"} <= names
+    with (tmp_path / "s.csv").open(newline="") as file:
+        assert [row[0] for row in csv.reader(file)] == ["id", "7", "4294967299", "007"]
+
+    write_json(artifacts / "bundle/verify.json", found | {"checks": []})
+    with pytest.raises(ValueError, match="its seal does not fit"):
+        read_verification(artifacts / "bundle")
+    write_json(artifacts / "bundle/verify.json", found)
+    reseal_with_another_prior(artifacts)
+    with pytest.raises(ValueError, match="was changed after it was verified"):
+        read_verification(artifacts / "bundle")
+
+
+def reseal_with_another_prior(artifacts):
+    path = artifacts / "bundle" / MANIFEST
+    write_json(path, read_json(path) | {"prior": [0.2, 0.2, 0.6]})
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new", "message"),
+    [
+        pytest.param(
+            "infer.py",
+            'order: mirror(values) if order == "swapped" else values',
+            "order: values",
+            "test: probabilities within",
+            id="a wrong un-swap",
+        ),
+        pytest.param(
+            "infer.py",
+            "answers[:, i] for i, name in enumerate(LABELS)}",
+            "answers[:, (1, 0, 2)[i]] for i, name in enumerate(LABELS)}",
+            "test: probabilities within",
+            id="a swapped class order",
+        ),
+        pytest.param(
+            "common/prompts.py",
+            'ANSWER_B = "\\n\\n[Answer B]\\n"',
+            'ANSWER_B = "\\n\\n[Answer  B]\\n"',
+            "was trained with prompt",
+            id="a changed template",
+        ),
+        pytest.param(
+            "common/prompts.py",
+            "return Rendered([*self.prefix_ids, *body, *self.suffix_ids]",
+            "return Rendered([*self.prefix_ids, *body[1:], *self.suffix_ids]",
+            "token ids equal the stages': .* differ, first",
+            id="a changed rendering that no hash shows",
+        ),
+    ],
+)
+def test_what_differs_from_the_stages_is_caught(artifacts, tmp_path, name, old, new, message):
+    edit(artifacts, name, old, new)
+    test = write_test_csv(tmp_path / "test.csv")
+    with pytest.raises(ValueError, match=message):
+        run_verify(artifacts, test=test, stress_rows=25)
+    assert not (artifacts / "bundle/verify.json").exists() and not (artifacts / "submission.csv").exists()
+
+
+def test_a_changed_tokenizer_is_caught(artifacts):
+    path = artifacts / "bundle/models/armorm8b/tokenizer.json"
+    tokenizer = read_json(path)
+    tokenizer["model"]["merges"].pop()
+    write_json(path, tokenizer)
+    with pytest.raises(ValueError, match=r"tokenizer\.json has sha256"):
+        run_verify(artifacts)
+    reseal(artifacts / "bundle")
+    with pytest.raises(ValueError, match="was trained with prompt"):
+        run_verify(artifacts)
+
+
+def test_a_notebook_that_raises(artifacts):
+    path = artifacts / "bundle/notebook.ipynb"
+    notebook = read_json(path)
+    notebook["cells"][1]["source"] = ["raise RuntimeError('out of luck')"]
+    write_json(path, notebook)
+    reseal(artifacts / "bundle")
+    with pytest.raises(ValueError, match=r"(?s)the notebook raised.*out of luck"):
+        run_verify(artifacts)
+    assert not (artifacts / "bundle/verify.json").exists()
+
+
+def test_a_final_that_changed_since(artifacts):
+    make_final(artifacts / "stage3/gemma9b-final", "gemma9b", "gemma", label_prior=[0.1, 0.1, 0.8])
+    with pytest.raises(ValueError, match="build it again"):
+        run_verify(artifacts)
+
+
+MANIFEST_OF_ONE = {"prior": [0.5, 0.25, 0.25]}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([("1", 0.5, 0.25, 0.25), ("2", 0.3, 0.3, 0.4)], None),
+        ([("2", 0.5, 0.25, 0.25), ("1", 0.3, 0.3, 0.4)], "2 ids, expected the 2 of test.csv in order"),
+        ([("1", 0.5, 0.25, 0.25)], "1 ids, expected the 2"),
+        ([("1", 0.5, 0.25, 0.25), ("2", 0.3, 0.3, 0.3)], "1 rows, first id 2"),
+        ([("1", 0.5, 0.25, 0.25), ("2", "nan", 0.3, 0.3)], "1 rows, first id 2"),
+        ([("1", 0.5, 0.25, 0.25), ("2", -0.5, 0.5, 1.0)], "1 rows, first id 2"),
+        ([("1", 0.4, 0.35, 0.25), ("2", 0.3, 0.3, 0.4)], "1 malformed rows without the prior"),
+    ],
+)
+def test_what_a_valid_submission_is(tmp_path, rows, message):
+    with (tmp_path / "s.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("id", *LABELS), *rows])
+    _, check = verify.check_submission(tmp_path / "s.csv", ["1", "2"], MANIFEST_OF_ONE, {0: "no turns"})
+    assert check.passed == (message is None) and (message or "") in check.detail
+
+
+def test_the_stress_set_is_what_it_says(tmp_path):
+    malformed = write_stress_set(tmp_path / "a.csv", 3000)
+    assert write_stress_set(tmp_path / "b.csv", 3000) == malformed
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    (_, header), *rows = read_rows(tmp_path / "a.csv")
+    assert len(rows) == 3000
+    for row, (_, cells) in enumerate(rows):
+        try:
+            texts, _ = parse_texts(header, cells)
+            turns = {len(part) for part in texts.values()}
+            found = "unequal turn counts" if len(turns) > 1 else "no turns" if turns == {0} else None
+        except BadRowError as bad:
+            found = bad.args[0]
+        assert found == malformed.get(row)
+    text = (tmp_path / "a.csv").read_text(encoding="utf-8")
+    ids = [cells[0] for _, cells in rows]
+    assert len(set(ids)) < len(ids) and max(map(len, ids)) == 40 and "[null]" in text
+    assert "<|eot_id|>" in text and "\\ud83e " in text and max(len(cells[1]) for _, cells in rows) > 80_000
+    assert set(malformed.values()) >= {"malformed JSON", "no turns", "wrong number of cells"}
+
+
+def test_submit_builds_verifies_and_is_then_up_to_date(artifacts, tmp_path, capsys):
+    test = write_test_csv(tmp_path / "test.csv")
+    args = submit.Args(build=bundling.Args(artifacts=artifacts), test=test, stress_rows=25)
+    submit.main(args)
+    read_verification(artifacts / "bundle")
+    assert (artifacts / "submission.csv").is_file() and not (artifacts / "bundle-unverified").exists()
+    capsys.readouterr()
+    submit.main(args)
+    assert "is up to date and verified" in capsys.readouterr().out
+
+    path = artifacts / "bundle/code/infer.py"
+    path.write_text(path.read_text() + "\n")
+    submit.main(args)
+    said = capsys.readouterr().out
+    assert "has sha256" in said and "is complete" in said
+    read_bundle(artifacts / "bundle")
+
+
+def test_submit_keeps_the_last_good_bundle_where_the_new_one_fails(artifacts, tmp_path, monkeypatch):
+    test = write_test_csv(tmp_path / "test.csv")
+    args = submit.Args(build=bundling.Args(artifacts=artifacts), test=test, stress_rows=25)
+    submit.main(args)
+    before = json.dumps(read_verification(artifacts / "bundle"))
+    failing = submit.Args(
+        build=bundling.Args(artifacts=artifacts, weights=(1.0, 3.0)), test=test, stress_rows=25, tolerance=0.0
+    )
+    with pytest.raises(ValueError, match="probabilities within 0 of the stages'"):
+        submit.main(failing)
+    assert json.dumps(read_verification(artifacts / "bundle")) == before
+    read_bundle(artifacts / "bundle")
+    with pytest.raises(ValueError, match="was not verified"):
+        read_verification(artifacts / "bundle-unverified")
