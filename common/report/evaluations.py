@@ -21,7 +21,7 @@ def scores_section(evaluations: list[Evaluation], output: Path) -> Section:
     if not scored:
         return Section(title="Scores", missing=(NO_EVALUATION, *unscored))
     blocks = {}
-    for one in reversed(scored):
+    for one in sorted(scored[::-1], key=lambda one: "stage" not in one.name):
         groups = [group for group in (*one.members.values(), ENSEMBLE, FITTED) if group in one.scores]
         marks = {"prior": one.prior, "floor": one.floor}
         blocks[one.name] = {
@@ -48,7 +48,7 @@ def scores_section(evaluations: list[Evaluation], output: Path) -> Section:
         title="Scores",
         text=tuple(text),
         missing=(*missing, *unscored),
-        pictures=(picture(path, alt, "From the first stage to the last."),),
+        pictures=(picture(path, alt, "From the first stage to the last, then other evaluations."),),
         tables=(score_table(scored[0]), *fitted_table(scored)),
         folded=tuple(Section(title=one.name, tables=(score_table(one),)) for one in scored[1:]),
     )
