@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from common.files import read_json
 from common.metrics import log_loss, paired_standard_error, per_row_log_loss
 from common.pairs import LABELS, labels_array
+from manifest import read_bundle, read_verification
 
 DEMO = ROOT / "artifacts" / "demo"
 MODELS = ("tiny-gemma", "tiny-llama")
@@ -37,6 +38,19 @@ def test_every_stage_is_in_the_summary(ladder):
     models = (*MODELS, "ensemble")
     assert set(ladder) == {(f"stage{n}", model) for n in (1, 2, 3) for model in models}
     assert (ROOT / read_json(DEMO / "summary.json")["submission"]).is_file()
+
+
+def test_it_ends_with_a_verified_bundle_its_submission_and_a_report(ladder):
+    assert read_verification(DEMO / "bundle")["passed"]
+    read_bundle(DEMO / "bundle")
+    test, submission = (
+        pl.read_csv(DEMO / name, schema_overrides={"id": pl.String})
+        for name in ("raw/test.csv", "submission.csv")
+    )
+    assert submission["id"].equals(test["id"]) and len(test) >= 100
+    assert np.allclose(submission.select(LABELS).sum_horizontal(), 1)
+    page = (DEMO / "report/report.html").read_text(encoding="utf-8")
+    assert f"{ladder['stage3', 'ensemble']['log_loss']:.4f}" in page and "data:image/png" in page
 
 
 def test_there_is_something_to_learn(ladder):

@@ -52,3 +52,16 @@ def test_several_machines_shard_within_and_replicate_over(monkeypatch):
 def test_labelling_and_evaluation_hold_replicas():
     for recipe in ("pseudo-label", "evaluate"):
         assert "accelerate_configs/ddp.yaml" in dry("gpus=4", recipe)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "script"),
+    [("submit", "kaggle/submit.py"), ("report", "stages/report.py"), ("doctor", "stages/doctor.py")],
+)
+def test_flags_reach_the_script(recipe, script):
+    found = dry(recipe, "--artifacts", "elsewhere")
+    assert f"python3 {script} " in found
+
+
+def test_the_doctor_needs_no_set_up():
+    assert "pip install" not in dry("doctor") and "pip install" in dry("report")

@@ -21,7 +21,8 @@ def scores_section(evaluations: list[Evaluation], output: Path) -> Section:
     if not scored:
         return Section(title="Scores", missing=(NO_EVALUATION, *unscored))
     blocks = {}
-    for one in sorted(scored[::-1], key=lambda one: "stage" not in one.name):
+    from_first_to_last = scored[::-1]
+    for one in sorted(from_first_to_last, key=lambda one: "stage" not in one.name):
         groups = [group for group in (*one.members.values(), ENSEMBLE, FITTED) if group in one.scores]
         marks = {"prior": one.prior, "floor": one.floor}
         blocks[one.name] = {

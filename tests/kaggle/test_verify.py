@@ -2,9 +2,12 @@
 
 import csv
 import json
+import shutil
+import subprocess
 
 import pytest
 from conftest import make_final, reseal, write_test_csv
+from helpers import ROOT
 
 import bundle as bundling
 import submit
@@ -13,6 +16,7 @@ from common.competition_csv import BadRowError, parse_texts, read_rows
 from common.files import read_json, write_json
 from common.pairs import LABELS
 from manifest import MANIFEST, read_bundle, read_verification
+from sandbox import NAMESPACE, SOCKET_BLOCK, isolated, isolation, make_environment
 from stress import write_stress_set
 
 
@@ -164,6 +168,28 @@ def test_the_stress_set_is_what_it_says(tmp_path):
     assert len(set(ids)) < len(ids) and max(map(len, ids)) == 40 and "[null]" in text
     assert "<|eot_id|>" in text and "\\ud83e " in text and max(len(cells[1]) for _, cells in rows) > 80_000
     assert set(malformed.values()) >= {"malformed JSON", "no turns", "wrong number of cells"}
+
+
+def test_a_copy_elsewhere_answers_alike_without_network_and_repository(artifacts, tmp_path):
+    test = write_test_csv(tmp_path / "test.csv")
+    run_verify(artifacts, test=test, submission=tmp_path / "s.csv")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(artifacts / "bundle", elsewhere)
+    requirements = read_bundle(elsewhere)["requirements"]
+    how = isolation()
+    python = make_environment(
+        tmp_path / "environment", requirements["libraries"], block_sockets=how == SOCKET_BLOCK
+    )
+    command = [str(python), str(elsewhere / "code/infer.py"), "--test", str(test), "--output", "copy.csv"]
+    if how == NAMESPACE:
+        repository = [ROOT / name for name in ("common", "stages", "kaggle", "data_prep")]
+        command = isolated(command, read_only={elsewhere: elsewhere}, hidden=[*repository, artifacts])
+    found = subprocess.run(
+        command, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "copy.csv").read_text() == (tmp_path / "s.csv").read_text()
+    read_bundle(elsewhere)  # running it left nothing behind
 
 
 def test_submit_builds_verifies_and_is_then_up_to_date(artifacts, tmp_path, capsys):
