@@ -135,7 +135,7 @@ def test_checkpoints_are_whole_and_hold_no_pickle(story, monkeypatch):
         )
     files = [path for path in story.artifacts.rglob("*") if path.is_file()]
     suffixes = {path.suffix for path in files if not path.name.startswith("events.out.tfevents.")}
-    assert suffixes == {".arrow", ".jinja", ".json", ".jsonl", ".parquet", ".safetensors"}
+    assert suffixes == {".arrow", ".jinja", ".json", ".jsonl", ".parquet", ".png", ".safetensors"}
 
 
 def test_backbone_tensors_keep_their_published_names(story):
