@@ -80,7 +80,7 @@ def missing(environment: Mapping[str, str], home: Path) -> str | None:
 def steps(bundle: Path, dataset: str) -> str:
     """What to do by hand, as commands to copy."""
     return f"""\
-1. pip install kaggle
+1. pip install kaggle six
 2. Make an API token on https://www.kaggle.com/settings and put it into ~/.kaggle/access_token,
    or: export KAGGLE_API_TOKEN=...
 3. Accept the rules of https://www.kaggle.com/competitions/{COMPETITION}

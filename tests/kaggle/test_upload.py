@@ -89,7 +89,7 @@ def test_a_failure_that_the_client_only_words_is_one(bundle, client):
 def test_without_credentials_the_steps_are_said(bundle, client, monkeypatch, tmp_path):
     monkeypatch.delenv("KAGGLE_API_TOKEN")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    with pytest.raises(ValueError, match=r"(?s)no Kaggle credentials.*pip install kaggle.*-r tar.*T4 x2"):
+    with pytest.raises(ValueError, match=r"(?s)no Kaggle credentials.*pip install kaggle six.*-r tar.*T4 x2"):
         upload.upload(bundle, owner="me", slug="my-bundle")
     assert not (client.folder / "calls.jsonl").exists()
 
