@@ -51,10 +51,20 @@ fix: setup
     {{python}} -m ruff check --fix .
     {{python}} -m ruff format .
 
-# Raw files in data/ -> comparison tables in artifacts/data/
+# Raw files in data/ -> comparison tables in artifacts/data/; --hub fetches what is not there
 [no-exit-message]
 prep *args: setup
-    @{{python}} data_prep/competition.py "$@"
+    @{{python}} data_prep/prepare.py "$@"
+
+# What overlaps with what: duplicates, shared and near-duplicate prompts, fold crossings
+[no-exit-message]
+leaks *args: setup
+    @{{python}} data_prep/leak_check.py "$@"
+
+# Benchmarks, ours beside what one would pick instead: data, padding
+[no-exit-message]
+bench name *args: setup
+    @{{python}} "benchmarks/$1.py" "${@:2}"
 
 # Fine-tune a teacher on real votes: gemma9b, gemma27b, armorm8b, tiny-gemma, tiny-llama
 [no-exit-message]

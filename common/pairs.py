@@ -246,9 +246,14 @@ def check_rows(
     files = ", ".join(str(path) for path in paths)
     if not report.num_read:
         raise ValueError(f"{files}: no comparison in it; expected at least one")
-    if len(rejected) and not (skip_bad_rows and len(good)):
-        raise ValueError(_describe_bad(report, files))
+    refuse_bad_rows(report, skip_bad_rows=skip_bad_rows)
     return good, report
+
+
+def refuse_bad_rows(report: ReadReport, *, skip_bad_rows: bool) -> None:
+    """Raises ValueError, with the first rows, where some are bad and may not be skipped, or none is good."""
+    if len(report.rejected) and not (skip_bad_rows and report.num_kept):
+        raise ValueError(_describe_bad(report, ", ".join(str(path) for path in report.paths)))
 
 
 def _describe_bad(report: ReadReport, files: str) -> str:

@@ -1,7 +1,8 @@
 """The competition's CSV (train.csv, test.csv, the 21k votes of the same form) -> comparisons with folds.
 
 In    data/train.csv as published: UTF-8, every text column a JSON list with one string or null a turn
-Out   artifacts/data/arena55k.parquet (`common.pairs.SCHEMA`); with --skip-bad-rows also arena55k.rejected.csv
+Out   artifacts/data/arena55k.parquet (`common.pairs.SCHEMA`) and its manifest; with --skip-bad-rows also
+      arena55k.rejected.parquet
 Run   python data_prep/competition.py          (57,477 rows: under a minute, under 2 GB)
 """
 
@@ -17,7 +18,9 @@ import polars as pl
 
 from common.competition_csv import REQUIRED, BadRowError, check_header, parse_texts, read_rows
 from common.console import cli, say
+from common.data_manifest import describe_file, is_made, made_of, write_made
 from common.files import file_hash
+from common.inputs import without_prompts_of
 from common.pairs import (
     LABELS,
     REJECTED_SCHEMA,
@@ -26,10 +29,6 @@ from common.pairs import (
     check_rows,
     is_labelled,
     labels_array,
-    read_comparisons,
-    table_hash,
-    write_comparisons,
-    write_rejected,
 )
 
 SOURCE = "arena55k"
@@ -51,8 +50,10 @@ class Args:
     """Name of the data set; (source, id) names a comparison."""
     folds: int = 5
     """Number of folds, grouped by prompt and stratified by vote; 0: none."""
+    exclude: tuple[Path, ...] = ()
+    """Comparison tables; comparisons whose prompt stands in one of them are left out."""
     skip_bad_rows: bool = False
-    """Leave bad rows out and list them in <output>.rejected.csv, instead of stopping."""
+    """Leave bad rows out and list them in <output>.rejected.parquet, instead of stopping."""
     overwrite: bool = False
     """Replace an output that holds something else."""
 
@@ -66,22 +67,31 @@ class Args:
 
 
 def main(args: Args) -> None:
+    if not args.input.is_file():
+        raise ValueError(
+            f"{args.input} does not exist or is not a file; expected the competition's CSV: put it there, or "
+            "name it with --input"
+        )
+    parameters = {
+        "source": args.source,
+        "folds": args.folds,
+        "scikit_learn": version("scikit-learn") if args.folds else None,
+        "exclude": [file_hash(path) for path in args.exclude],
+    }
+    wanted = made_of([describe_file(args.input)], parameters, [Path(__file__)])
+    if is_made(args.output, wanted, overwrite=args.overwrite):
+        say(f"{args.output} is up to date")
+        return
     frame, report = read_competition_csv(args.input, source=args.source, skip_bad_rows=args.skip_bad_rows)
-    made_of = {"input_sha256": file_hash(args.input), "source": args.source, "folds": "0"}
-    if args.folds and frame.select(is_labelled().any()).item():
-        frame = with_folds(frame, num_folds=args.folds)
-        made_of |= {"folds": str(args.folds), "scikit_learn": version("scikit-learn")}
+    kept = without_prompts_of(frame, args.exclude)
+    dropped = {"prompt stands in --exclude": len(frame) - len(kept)} if args.exclude else {}
+    if args.folds and kept.select(is_labelled().any()).item():
+        kept = with_folds(kept, num_folds=args.folds)
     say(str(report))
-    rejected_path = args.output.with_suffix(".rejected.csv")
-    is_new = args.overwrite or not is_up_to_date(frame, args.output, made_of)
-    if len(report.rejected):
-        write_rejected(report, rejected_path)
-        say(f"the rejected rows are listed in {rejected_path}")
-    if is_new:
-        write_comparisons(frame, args.output, metadata=made_of)
-    sizes = frame["fold"].drop_nulls().value_counts().sort("fold")["count"].to_list()
+    write_made(args.output, kept, report, wanted=wanted, dropped=dropped)
+    sizes = kept["fold"].drop_nulls().value_counts().sort("fold")["count"].to_list()
     folds = f"folds of {', '.join(map(str, sizes))}" if sizes else "no folds"
-    say(f"{args.output}: {len(frame):,} comparisons, {folds}{'' if is_new else '; up to date'}")
+    say(f"{args.output}: {len(kept):,} comparisons, {folds}")
 
 
 def read_competition_csv(
@@ -174,38 +184,6 @@ def with_folds(frame: pl.DataFrame, *, num_folds: int) -> pl.DataFrame:
     assigned = votes.select("source", "id", pl.Series("fold", folds))
     joined = frame.drop("fold").join(assigned, on=["source", "id"], how="left", maintain_order="left")
     return joined.select(frame.columns)
-
-
-def is_up_to_date(frame: pl.DataFrame, output: Path, made_of: dict[str, str]) -> bool:
-    """True if `output` holds these comparisons, False if it is not there.
-
-    Args:
-        frame: What would be written.
-        output: Comparison Parquet, or nothing yet.
-        made_of: What `frame` was made from, to name what differs.
-
-    Raises:
-        ValueError: The output holds something else.
-    """
-    if not output.exists():
-        return False
-    way_out = "pass --overwrite to replace it, or another --output"
-    try:
-        found, _ = read_comparisons(output)
-    except ValueError as error:
-        raise ValueError(f"{output} is there but is no comparison table ({error}); {way_out}") from error
-    if table_hash(found) == table_hash(frame):
-        return True
-    before = pl.read_parquet_metadata(output)
-    changes = [
-        f"{name} was {before.get(name, 'absent')}, is {made_of.get(name, 'absent')}"
-        for name in ("input_sha256", "source", "folds", "scikit_learn")
-        if before.get(name) != made_of.get(name)
-    ]
-    raise ValueError(
-        f"{output} holds {len(found):,} other comparisons or folds than the {len(frame):,} to write "
-        f"({'; '.join(changes) or 'no recorded field differs'}); {way_out}"
-    )
 
 
 def _parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[dict, bool]:

@@ -32,7 +32,7 @@ try:
     from common.console import cli, console, say
     from common.doctor import diagnosis
     from common.doctor.diagnosis import FINE, MISSING, NOT_NEEDED, Line
-    from common.doctor.machine import ROOT, Answers, ask, count_rows, query_driver
+    from common.doctor.machine import Answers, ask, count_rows, query_driver
 except ImportError as error:  # of all scripts, this one must say what to do
     sys.exit(
         f"error: Python {sys.version.split()[0]} ({sys.executable}) cannot import {error.name or error}. "
@@ -55,22 +55,19 @@ class Source(NamedTuple):
 
     raw: str
     table: str
-    flags: str
-    """Of `just prep`, beside input and output."""
     purpose: str
     fetch: str
 
 
 SOURCES = (
-    Source("train.csv", "arena55k.parquet", "", "training", FETCH),
+    Source("train.csv", "arena55k.parquet", "training", FETCH),
     Source(
         "lmsys-33k-deduplicated.csv",
         "arena33k.parquet",
-        " --source arena33k --folds 0",
         "training",
-        "put lmsys-33k-deduplicated.csv into {data} (README.md says where it is published)",
+        "put lmsys-33k-deduplicated.csv into {data} (docs/data.md says where it is published)",
     ),
-    Source("test.csv", "test.parquet", " --source test --folds 0", "a submission", FETCH),
+    Source("test.csv", "test.parquet", "a submission", FETCH),
 )
 POOL = ("lmsys1m_pairs.parquet", "preference_sets.parquet")
 
@@ -155,18 +152,18 @@ def where_needed(needed: bool, lines: list[Line]) -> list[Line]:
 
 def data_lines(data: Path, tables: Path) -> Iterator[Line]:
     """Raw files and the tables made of them, with their numbers of rows."""
+    prep = f"just prep --data {quote(str(data))} --artifacts {quote(str(tables.parent))}"
+    if (data, tables.parent) == (Path("data"), Path("artifacts")):
+        prep = "just prep"
     for source in SOURCES:
         raw, table = data / source.raw, tables / source.table
         if not raw.exists() and table.exists():
             yield Line(source.raw, NOT_NEEDED, f"not there, but {source.table} is")
         else:
             yield _file_line(raw, source.fetch.format(data=quote(str(data))), source.purpose)
-        prep = f"just prep --input {quote(str(raw))} --output {quote(str(table))}{source.flags}"
         yield _file_line(table, prep, source.purpose, redo=f"{prep} --overwrite")
     for name in POOL:
-        script = Path("data_prep") / name.replace(".parquet", ".py")
-        mend = f"python3 {script}" if (ROOT / script).exists() else "not in this version: see README.md, Data"
-        yield _file_line(tables / name, mend, "training")
+        yield _file_line(tables / name, f"{prep} --hub", "training", redo=f"{prep} --hub --overwrite")
     named = {*POOL, *(source.table for source in SOURCES)}
     for path in sorted(tables.glob("*.parquet")):
         if path.name not in named:

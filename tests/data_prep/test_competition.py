@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.files import read_json
 from common.pairs import LABELS, SCHEMA, content_hashes, labels_array, read_comparisons
 from data_prep.competition import Args, main, read_competition_csv, with_folds
 
@@ -396,14 +397,15 @@ def test_the_script_writes_once_and_then_says_up_to_date(tmp_path, capsys):
     assert "up to date" not in said
     frame, _ = read_comparisons(args.output)
     assert frame["fold"].null_count() == 0
-    recorded = pl.read_parquet_metadata(args.output)
-    assert recorded["folds"] == "5"
-    assert recorded["scikit_learn"].count(".") >= 1
+    manifest = read_json(args.output.with_suffix(".manifest.json"))
+    assert manifest["parameters"]["folds"] == 5
+    assert manifest["parameters"]["scikit_learn"].count(".") >= 1
+    assert manifest["counts"] == {"read": 60, "rejected": {}, "dropped": {}, "kept": 60}
     before = args.output.stat()
     main(args)
     assert "up to date" in capsys.readouterr().out
     assert args.output.stat().st_mtime_ns == before.st_mtime_ns
-    assert list(args.output.parent.iterdir()) == [args.output]
+    assert {path.name for path in args.output.parent.iterdir()} == {"x.parquet", "x.manifest.json"}
 
 
 def test_the_script_replaces_other_content_only_when_told(tmp_path):
@@ -411,16 +413,16 @@ def test_the_script_replaces_other_content_only_when_told(tmp_path):
     source = write_csv(tmp_path / "x.csv", votes(60, 60))
     main(Args(input=source, output=output))
     before = output.read_bytes()
-    with pytest.raises(ValueError, match=r"folds was 5, is 3.*--overwrite"):
+    with pytest.raises(ValueError, match=r"'folds': 5.* here it is .*'folds': 3.*--overwrite"):
         main(Args(input=source, output=output, folds=3))
     other = write_csv(tmp_path / "y.csv", votes(50, 50))
-    with pytest.raises(ValueError, match=r"60 other comparisons or folds than the 50 .*input_sha256 was"):
+    with pytest.raises(ValueError, match=r"was made with inputs .*--overwrite"):
         main(Args(input=other, output=output))
     assert output.read_bytes() == before
     main(Args(input=other, output=output, overwrite=True))
     assert len(read_comparisons(output)[0]) == 50
     output.write_text("something precious")
-    with pytest.raises(ValueError, match="is no comparison table"):
+    with pytest.raises(ValueError, match="was changed after it was made"):
         main(Args(input=other, output=output))
     assert output.read_text() == "something precious"
 
@@ -439,9 +441,26 @@ def test_the_script_lists_rows_that_it_was_told_to_skip(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 rejected: malformed JSON" in said
     assert "60 comparisons, no folds" in said
-    with (tmp_path / "out" / "x.rejected.csv").open(encoding="utf-8", newline="") as file:
-        (rejected,) = csv.DictReader(file)
-    assert (rejected["row"], rejected["id"], rejected["reason"]) == ("62", 'bad, "very"', "malformed JSON")
+    rejected = pl.read_parquet(tmp_path / "out" / "x.rejected.parquet").row(0, named=True)
+    assert (rejected["row"], rejected["id"], rejected["reason"]) == (62, 'bad, "very"', "malformed JSON")
+
+
+def test_prompts_of_other_tables_are_left_out(tmp_path, capsys):
+    first = votes(60, 60)
+    main(Args(input=write_csv(tmp_path / "a.csv", first[:20]), output=tmp_path / "a.parquet", folds=0))
+    args = Args(
+        input=write_csv(tmp_path / "b.csv", first),
+        output=tmp_path / "b.parquet",
+        folds=0,
+        exclude=(tmp_path / "a.parquet",),
+    )
+    main(args)
+    seen = set(read_comparisons(tmp_path / "a.parquet")[0]["prompt"].list.join("|"))
+    kept = read_comparisons(tmp_path / "b.parquet")[0]
+    assert not seen & set(kept["prompt"].list.join("|")) and 0 < len(kept) < 60
+    assert read_json(tmp_path / "b.manifest.json")["counts"]["dropped"] == {
+        "prompt stands in --exclude": 60 - len(kept)
+    }
 
 
 def test_the_test_form_needs_no_flag(tmp_path, capsys):

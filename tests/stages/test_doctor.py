@@ -37,7 +37,8 @@ def test_data_that_is_not_there(tmp_path):
     lines = data(tmp_path)
     assert {line.state for line in lines.values()} == {MISSING} and all(line.mend for line in lines.values())
     assert "kaggle competitions download" in lines["train.csv"].mend and "my data'" in lines["train.csv"].mend
-    assert "--source arena33k --folds 0" in lines["arena33k.parquet"].mend
+    assert lines["arena33k.parquet"].mend.startswith("just prep --data '")
+    assert lines["lmsys1m_pairs.parquet"].mend.endswith(" --hub")
     assert lines["test.csv"].purpose == "a submission" and lines["train.csv"].purpose == "training"
 
 

@@ -1,0 +1,143 @@
+"""What a comparison table was made from, beside it: inputs, parameters, code, counts by reason.
+
+arena33k.parquet -> arena33k.manifest.json: whether a table is up to date, and what became of each row.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from common.console import say, show_table
+from common.files import file_hash, read_json, text_hash, write_json
+from common.pairs import ReadReport, table_hash, write_comparisons, write_rejected
+
+READERS = ("competition_csv.py", "conversations.py", "pairs.py", "raw_files.py", "raw_text.py")
+
+
+def describe_file(path: Path) -> dict[str, object]:
+    """Name, size in bytes and sha256 of an input."""
+    return {"name": str(path), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+
+
+def made_of(
+    inputs: Sequence[Mapping[str, object]], parameters: Mapping[str, object], code: Sequence[Path]
+) -> dict[str, object]:
+    """What decides a table's content, JSON values only.
+
+    Args:
+        inputs: Name, bytes and sha256 of each file, as `common.raw_files.open_raw` describes them.
+        parameters: Flags that change the result.
+        code: Source files whose change makes the table out of date, beside those of `common` that read rows.
+    """
+    code = [*code, *(Path(__file__).with_name(name) for name in READERS)]
+    return {
+        "inputs": [dict(one) for one in inputs],
+        "parameters": dict(parameters),
+        "code_sha256": text_hash(*(f"{path.name} {file_hash(path)}" for path in code)),
+    }
+
+
+def is_made(output: Path, wanted: Mapping[str, object], *, overwrite: bool) -> bool:
+    """Whether `output` is there and made of just this; names of inputs do not count, their bytes do.
+
+    Raises:
+        ValueError: It is there, made of something else or by hand, and `overwrite` is off.
+    """
+    if not output.exists():
+        return False
+    reason = _difference(output, wanted)
+    if reason is None:
+        found = read_json(manifest_path(output))
+        if found.get("code_sha256") == wanted["code_sha256"]:
+            return True
+        reason = f"{output} was made by other code"
+    elif not overwrite:
+        raise ValueError(f"{reason}; pass --overwrite to replace it, or another --output")
+    say(f"{reason}: making it again")
+    return False
+
+
+def _difference(output: Path, wanted: Mapping[str, object]) -> str | None:
+    """What in a table's file or manifest is not as wanted; None where all but the code is."""
+    path = manifest_path(output)
+    if not path.is_file():
+        return f"{output} is there, but {path} is not, so what it was made of is not known"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        return str(error)
+    for name in ("parameters", "inputs"):
+        theirs, ours = (_comparable(one.get(name)) for one in (found, wanted))
+        if theirs != ours:
+            return f"{output} was made with {name} {theirs}, here it is {ours}"
+    if found.get("output_sha256") != file_hash(output):
+        return f"{output} was changed after it was made"
+    return None
+
+
+def _comparable(value: object) -> object:
+    if isinstance(value, list):
+        return sorted(str(one.get("sha256") if isinstance(one, dict) else one) for one in value)
+    return value
+
+
+def write_made(
+    output: Path,
+    frame: pl.DataFrame,
+    report: ReadReport,
+    *,
+    wanted: Mapping[str, object],
+    dropped: Mapping[str, int],
+) -> None:
+    """Writes a comparison table, the rows that were rejected, and the manifest; prints the counts.
+
+    Args:
+        output: Comparison Parquet.
+        frame: Its rows.
+        report: Of the rows that were read, good and bad.
+        wanted: As of `made_of`.
+        dropped: Why rows were left out on purpose -> how many, in the order in which that happens.
+
+    Raises:
+        ValueError: No row is left, or a file cannot be written.
+    """
+    if frame.is_empty():
+        why = "".join(f", {reason} {count:,}" for reason, count in dropped.items() if count)
+        raise ValueError(f"no comparison is left for {output}: {report.num_read:,} rows read{why}")
+    table_sha256 = table_hash(frame)  # before the table is there: it takes seconds, and one may interrupt it
+    write_comparisons(frame, output)
+    rejected_path = output.with_suffix(".rejected.parquet")
+    if len(report.rejected):
+        write_rejected(report, rejected_path)
+    else:
+        rejected_path.unlink(missing_ok=True)
+    reasons = dict(report.rejected["reason"].value_counts(sort=True).iter_rows())
+    counts = {"read": report.num_read, "rejected": reasons, "dropped": dict(dropped), "kept": len(frame)}
+    write_json(
+        manifest_path(output),
+        {
+            **wanted,
+            "counts": counts,
+            "notes": report.notes,
+            "table_sha256": table_sha256,
+            "output_sha256": file_hash(output),
+        },
+    )
+    show_counts(output, counts)
+    if len(report.rejected):
+        say(f"the rejected rows are listed in {rejected_path}")
+
+
+def manifest_path(output: Path) -> Path:
+    """data/x.parquet -> data/x.manifest.json"""
+    return output.with_suffix(".manifest.json")
+
+
+def show_counts(output: Path, counts: Mapping[str, object]) -> None:
+    """Prints rows in, out, and why not."""
+    rows = [("rows read", counts["read"])]
+    rows += [(f"bad: {reason}", -count) for reason, count in counts["rejected"].items()]
+    rows += [(f"dropped: {reason}", -count) for reason, count in counts["dropped"].items()]
+    rows.append(("comparisons kept", counts["kept"]))
+    show_table(str(output), ("what", "rows"), [(what, f"{count:,}") for what, count in rows])

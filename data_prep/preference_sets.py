@@ -1,0 +1,267 @@
+"""Public preference sets (chosen and rejected chats) -> comparisons for the pool of stage 2.
+
+In    data/<name of a set> as downloaded from the hub (file or folder), or else the hub itself
+Out   artifacts/data/preference_sets.parquet (`common.pairs.SCHEMA`, score_a, score_b) and its manifest
+Run   python data_prep/preference_sets.py      (about 130,000 pairs: a few minutes)
+      python data_prep/preference_sets.py --input data/capybara.parquet mine=data/train-00000.parquet
+
+Which answer becomes A is drawn from a hash of content and seed, so it depends on no row order. The sets' own
+votes are kept (chosen wins); stage 2 trains on pseudo labels instead.
+"""
+
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+
+from common.console import cli, say
+from common.conversations import (
+    MESSAGES,
+    alternates,
+    assistant_turns,
+    seeded_order,
+    stable_key,
+    user_turns,
+)
+from common.data_manifest import is_made, made_of, write_made
+from common.files import file_hash
+from common.inputs import without_prompts_of
+from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport, check_rows
+from common.raw_files import PLACES, Raw, open_raw, reading
+
+SOURCES = {
+    "capybara": "argilla/Capybara-Preferences",  # *_rating (whole), *_model; several turns
+    "pku_saferlhf": "RLHFlow/PKU-SafeRLHF-30K-standard",  # *_score
+    "argilla_math": "RLHFlow/Argilla-Math-DPO-standard",  # *_score
+    "code_ultrafeedback": "RLHFlow/CodeUltraFeedback-standard",  # *_score
+    "helpsteer": "RLHFlow/Helpsteer-preference-standard",  # *_score
+}
+"""Short name, which becomes the column `source` -> hub id."""
+SCHEMA_IN = {
+    "chosen": MESSAGES,
+    "rejected": MESSAGES,
+    **{f"{side}_{what}?": pl.Float64() for side in ("chosen", "rejected") for what in ("score", "rating")},
+    **{f"{side}_model?": pl.String() for side in ("chosen", "rejected")},
+}
+ENDINGS = ("", ".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+NOT_ALTERNATING = "a chat does not go user, assistant, user, ..., assistant"
+OTHER_USER_TURNS = "user turns differ between chosen and rejected"
+IDENTICAL = "identical answers"
+REPEATED = "exact repeat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Public preference sets into one comparison table."""
+
+    input: tuple[str, ...] = ()
+    """Files, folders or hub ids, each also as SOURCE=INPUT; a known set gets its short name as source, any
+    other the name of its file, folder or hub data set. None: the five sets, from data/ or the hub."""
+    output: Path = Path("artifacts/data/preference_sets.parquet")
+    """Comparison Parquet to write."""
+    seed: int = 42
+    """Of the draw which answer becomes A."""
+    exclude: tuple[Path, ...] = ()
+    """Comparison tables; comparisons whose prompt stands in one of them are left out."""
+    skip_bad_rows: bool = False
+    """Leave bad rows out and list them in <output>.rejected.parquet, instead of stopping."""
+    overwrite: bool = False
+    """Replace an output that was made from something else."""
+
+    def __post_init__(self) -> None:
+        if self.output.suffix != ".parquet":
+            raise ValueError(f"--output is {self.output}; expected a name that ends in .parquet")
+
+
+def main(args: Args) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        raws = open_sets(args.input or default_inputs(Path("data")), Path(folder))
+        inputs = [one for _, raw in raws for one in raw.inputs]
+        parameters = {
+            "seed": args.seed,
+            "sources": sorted([source, str(one["sha256"])] for source, raw in raws for one in raw.inputs),
+            "exclude": sorted(file_hash(path) for path in args.exclude),
+        }
+        wanted = made_of(inputs, parameters, [Path(__file__)])
+        if is_made(args.output, wanted, overwrite=args.overwrite):
+            say(f"{args.output} is up to date")
+            return
+        frame, report, dropped = read_sets(raws, seed=args.seed, skip_bad_rows=args.skip_bad_rows)
+    table = without_prompts_of(frame, args.exclude)
+    dropped |= {"prompt stands in --exclude": len(frame) - len(table)} if args.exclude else {}
+    say(str(report))
+    write_made(args.output, table, report, wanted=wanted, dropped=dropped)
+
+
+def default_inputs(data: Path) -> tuple[str, ...]:
+    """The five sets: a file or folder of the set's name below `data`, else the hub id."""
+    found = []
+    for short, hub in SOURCES.items():
+        names = (short, hub.split("/")[1])
+        places = [data / f"{name}{ending}" for name in names for ending in ENDINGS]
+        found.append(next((str(place) for place in places if place.exists()), hub))
+    return tuple(found)
+
+
+def source_of(name: str) -> tuple[str, str]:
+    """(source, input) of one --input.
+
+    data/capybara.jsonl.gz -> capybara; RLHFlow/Helpsteer-preference-standard -> helpsteer; me=x.csv -> me
+    """
+    given = re.fullmatch(r"([\w.-]+)=(.+)", name)
+    if given and not Path(name).exists():
+        return given[1], given[2]
+    stem = re.sub(r"(\.(parquet|csv|jsonl|ndjson|json))?(\.(gz|zst))?$", "", Path(name).resolve().name)
+    return next((short for short, hub in SOURCES.items() if hub.split("/")[1] == stem), stem), name
+
+
+def open_sets(inputs: Sequence[str], scratch: Path) -> list[tuple[str, Raw]]:
+    """(source, what it holds) of each input.
+
+    Args:
+        inputs: As `Args.input`.
+        scratch: Existing folder for temporary files.
+
+    Raises:
+        ValueError: An input is not there or cannot be read.
+    """
+    raws = []
+    for i, (source, name) in enumerate(map(source_of, inputs)):
+        (scratch / str(i)).mkdir()
+        raws.append((source, open_raw([name], SCHEMA_IN, scratch / str(i))))
+    return raws
+
+
+def read_sets(
+    raws: Sequence[tuple[str, Raw]], *, seed: int, skip_bad_rows: bool = False
+) -> tuple[pl.DataFrame, ReadReport, dict[str, int]]:
+    """Reads preference sets.
+
+    Args:
+        raws: As of `open_sets`.
+        seed: Of the draw which answer becomes A.
+        skip_bad_rows: Leave bad rows out, listed in the report, instead of failing.
+
+    Returns:
+        Comparisons (`SCHEMA`, score_a, score_b) sorted by id, the report, and why rows were left out -> how
+        many. An exact repeat is dropped across sources too; the first by source and scores stays.
+
+    Raises:
+        ValueError: A file is broken; there is no row; a row is bad, or no row is good.
+    """
+    paths = tuple(path for _, raw in raws for path in raw.paths)
+    with reading([str(path) for path in paths]):
+        rows = pl.concat(_compared(raw.frame, source) for source, raw in raws).collect()
+    unreadable = pl.concat([*(raw.rejected for _, raw in raws), _without_chat(rows)])
+    rest = rows.filter(pl.col("left_out").is_null() & pl.col("has_chats"))
+    whole = _first_of_repeats(rest)
+    dropped = {
+        **{r: int((rows["left_out"] == r).sum()) for r in (NOT_ALTERNATING, OTHER_USER_TURNS, IDENTICAL)},
+        REPEATED: len(rest) - len(whole),
+    }
+    if whole.is_empty() and unreadable.is_empty() and len(rows):
+        raise ValueError(
+            f"none of the {len(rows):,} rows can be compared: {dropped}; are these the right files?"
+        )
+    notes = {
+        "with a lone surrogate replaced by U+FFFD": sum(raw.num_repaired for _, raw in raws),
+        "with earlier answers that differ": int(whole["earlier_differs"].sum()),
+    }
+    frame, report = check_rows(
+        _with_sides(whole, seed),
+        whole.select(*PLACES),
+        paths=paths,
+        row_unit=" or ".join(
+            sorted({u for _, raw in raws for u in raw.row_unit.split(" or ")}, reverse=True)
+        ),
+        unreadable=unreadable,
+        notes={note: count for note, count in notes.items() if count},
+        skip_bad_rows=skip_bad_rows,
+    )
+    return frame, replace(report, num_read=report.num_read + sum(dropped.values())), dropped
+
+
+def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
+    """Prompt, both answers, scores, models, id, `PLACES`, and `left_out` (why not comparable, or null)."""
+    sides = ("chosen", "rejected")
+    has_chats = pl.all_horizontal(pl.col(sides).is_not_null())
+    prompts, answers = (
+        [stable_key(turns(side)) for side in sides] for turns in (user_turns, assistant_turns)
+    )
+    left_out = (
+        pl.when(has_chats & ~pl.all_horizontal(map(alternates, sides)))
+        .then(pl.lit(NOT_ALTERNATING))
+        .when(has_chats & (prompts[0] != prompts[1]))
+        .then(pl.lit(OTHER_USER_TURNS))
+        .when(has_chats & (answers[0] == answers[1]))
+        .then(pl.lit(IDENTICAL))
+    )
+    earlier = [stable_key(turns.list.head(turns.list.len() - 1)) for turns in map(assistant_turns, sides)]
+    return frame.select(
+        pl.lit(source).alias("source"),
+        *PLACES,
+        user_turns("chosen").alias("prompt"),
+        *(assistant_turns(side).alias(f"{side}_answers") for side in sides),
+        *(pl.coalesce(f"{side}_score", f"{side}_rating").alias(f"{side}_score") for side in sides),
+        *(
+            pl.when(pl.col(f"{side}_model") != "").then(f"{side}_model").alias(f"{side}_model")
+            for side in sides
+        ),
+        has_chats=has_chats,
+        left_out=left_out,
+        earlier_differs=earlier[0] != earlier[1],
+        id=stable_key(pl.concat_list(key.bin.encode("hex") for key in (prompts[0], *answers))).bin.encode(
+            "hex"
+        ),
+    )
+
+
+def _first_of_repeats(rows: pl.DataFrame) -> pl.DataFrame:
+    """One row an id, whatever the order of the rows; sorted by id."""
+    order = ["id", "source", "chosen_score", "rejected_score", "chosen_model", "rejected_model", *PLACES]
+    return rows.sort(order, nulls_last=True).unique("id", keep="first", maintain_order=True)
+
+
+def _with_sides(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """`SCHEMA`, score_a, score_b: chosen is A where the first bit of a hash of seed and id is 0."""
+    digit = seeded_order(seed, "id").bin.encode("hex").str.slice(0, 1)
+    rows = rows.with_columns(chosen_is_a=digit.is_in(list("01234567")))
+
+    def side(what: str, *, is_a: bool) -> pl.Expr:
+        mine = pl.col("chosen_is_a") if is_a else ~pl.col("chosen_is_a")
+        return pl.when(mine).then(f"chosen_{what}").otherwise(f"rejected_{what}")
+
+    columns: Mapping[str, pl.Expr] = {
+        f"{name}_{letter}": side(what, is_a=letter == "a")
+        for letter in "ab"
+        for name, what in (("model", "model"), ("response", "answers"), ("score", "score"))
+    }
+    votes = (pl.col("chosen_is_a"), ~pl.col("chosen_is_a"), pl.lit(False))
+    return rows.select(
+        "id",
+        "source",
+        "prompt",
+        **columns,
+        **{label: vote.cast(pl.Float32) for label, vote in zip(LABELS, votes, strict=True)},
+        fold=pl.lit(None, pl.Int8),
+    ).select(*SCHEMA.names(), "score_a", "score_b")
+
+
+def _without_chat(rows: pl.DataFrame) -> pl.DataFrame:
+    """`REJECTED_SCHEMA` of the rows of which chosen or rejected is null."""
+    return (
+        rows.filter(~pl.col("has_chats"))
+        .with_columns(
+            reason=pl.lit("no chat"),
+            detail=pl.lit("chosen or rejected is null, expected lists of {role, content}"),
+            id=pl.lit(None, pl.String),
+        )
+        .select(REJECTED_SCHEMA.names())
+    )
+
+
+if __name__ == "__main__":
+    cli(main)

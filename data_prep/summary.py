@@ -1,0 +1,293 @@
+"""What the comparison tables hold: rows and why not more, labels, turns, lengths, models, overlap.
+
+In    comparison tables (all of artifacts/data/ by default) and the manifests beside them, where there are any
+Out   tables in the terminal; artifacts/data/summary.json and summary-rows.png, -labels, -characters, -tokens
+Run   python data_prep/summary.py --checkpoint gemma9b       (100,000 comparisons: minutes, with all cores)
+
+Lengths are of whole comparisons: prompt and both answers, all turns. Tokens are those of one training
+sequence (format PAB, chat markup included), whole and as cut to --conversation-tokens.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from common.console import cli, progress, say, show_table
+from common.conversations import stable_key
+from common.data_folder import find_tables
+from common.data_manifest import manifest_path
+from common.files import read_json, write_json
+from common.models.zoo import find_checkpoint
+from common.pairs import TEXTS, is_labelled, labels_array, read_comparisons
+from common.prompts import Prompter, load_tokenizer
+from common.report.data_pictures import character_lengths, kept_rows, label_shares
+from common.report.pictures import lengths
+
+DATA = Path("artifacts/data")
+ROWS_PER_CHUNK = 1_000
+NO_BUDGET = 2**40
+"""Tokens that no conversation has."""
+NUM_MODELS = 10
+NUM_BINS = 48
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """A summary of comparison tables, with pictures."""
+
+    input: tuple[Path, ...] = ()
+    """Comparison tables; default: all of artifacts/data/."""
+    output: Path = DATA
+    """Folder of summary.json and the pictures."""
+    checkpoint: str | None = None
+    """Checkpoint (folder, short name or hub id) whose tokenizer counts tokens; none: they are not counted."""
+    conversation_tokens: int = 4096
+    """Budget in tokens of the conversation, as in a recipe."""
+    skip_bad_rows: bool = False
+    """Leave bad rows of the tables out instead of stopping."""
+
+
+def main(args: Args) -> None:
+    prompters = None
+    if args.checkpoint:
+        # the tokenizer's own threads; set before its first batch, and only where nobody has decided
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        prompters = load_prompters(args.checkpoint, args.conversation_tokens)
+    tables, arrays, prompts = {}, {}, []
+    for path in args.input or find_tables(DATA):
+        frame, _ = read_comparisons(path, skip_bad_rows=args.skip_bad_rows)
+        name = path.stem if path.stem not in tables else str(path)
+        tables[name] = {"path": str(path), **summarise(frame), **read_counts(path, len(frame))}
+        arrays[name] = {"characters": characters_of(frame)["comparison"]}
+        if prompters:
+            whole, cut = count_tokens(frame, *prompters)
+            tables[name]["tokens"] = describe_tokens(whole, cut)
+            arrays[name]["tokens"] = cut
+        prompts.append(frame.select("source", prompt=stable_key(pl.col("prompt"))).unique())
+    overlap = count_overlap(pl.concat(prompts).unique())
+    found = {"tables": tables, "overlap": overlap}
+    if args.checkpoint:
+        found |= {"checkpoint": args.checkpoint, "conversation_tokens": args.conversation_tokens}
+    show(tables, overlap, args.conversation_tokens)
+    write_json(args.output / "summary.json", found)
+    names = draw(args.output, tables, arrays, args.conversation_tokens)
+    say(f"{args.output / 'summary.json'}, {', '.join(names)}")
+
+
+def summarise(frame: pl.DataFrame) -> dict[str, object]:
+    """Counts of one table that need no tokenizer; JSON values.
+
+    Returns:
+        `sources` (name -> rows), `prompts` (different ones), `labels` (`labelled` rows, and the `shares` of
+        A, B, tie in their weight, or null), `turns` (as `describe`, and `counts`: turns -> rows),
+        `characters` (`prompt`, `answers`, `comparison`, each as `describe`), `num_models`, and `models` (name
+        -> appearances on either side, the `NUM_MODELS` most often met).
+    """
+    labelled = frame.filter(is_labelled())
+    shares = labels_array(labelled).mean(axis=0, dtype=np.float64).tolist() if len(labelled) else None
+    turns = frame["prompt"].list.len()
+    models = Counter(pl.concat([frame["model_a"], frame["model_b"]]).drop_nulls().to_list())
+    return {
+        "sources": dict(frame["source"].value_counts().sort("source").iter_rows()),
+        "prompts": frame.select(stable_key(pl.col("prompt")).n_unique()).item(),
+        "labels": {"labelled": len(labelled), "shares": shares},
+        "turns": {
+            **describe(turns.to_numpy()),
+            "counts": {str(n): count for n, count in sorted(Counter(turns.to_list()).items())},
+        },
+        "characters": {name: describe(values) for name, values in characters_of(frame).items()},
+        "num_models": len(models),
+        "models": dict(sorted(models.items(), key=lambda item: (-item[1], item[0]))[:NUM_MODELS]),
+    }
+
+
+def characters_of(frame: pl.DataFrame) -> dict[str, np.ndarray]:
+    """Characters of the prompt, of both answers, and of the whole comparison, each int64 [comparisons]."""
+    prompt, a, b = (
+        frame.select(pl.col(name).list.eval(pl.element().str.len_chars()).list.sum().cast(pl.Int64))
+        .to_series()
+        .to_numpy()
+        for name in TEXTS
+    )
+    return {"prompt": prompt, "answers": a + b, "comparison": prompt + a + b}
+
+
+def describe(values: np.ndarray) -> dict[str, float]:
+    """Mean, median, the value that 5 % exceed, and the largest one."""
+    return {
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "p95": float(np.quantile(values, 0.95)),
+        "max": int(values.max()),
+    }
+
+
+def read_counts(path: Path, num_rows: int) -> dict[str, object]:
+    """Rows `read`, `rejected` and `dropped` (by reason) as in the table's manifest, or null; and `kept`.
+
+    Raises:
+        ValueError: The manifest speaks of another number of rows than the table has.
+    """
+    manifest = manifest_path(path)
+    if not manifest.is_file():
+        return {"read": None, "rejected": None, "dropped": None, "kept": num_rows}
+    counts = read_json(manifest).get("counts", {})
+    if counts.get("kept") != num_rows:
+        raise ValueError(
+            f"{manifest} says {counts.get('kept')} comparisons, {path} has {num_rows}; make the table again, "
+            "or delete the manifest if the table was changed on purpose"
+        )
+    return {name: counts[name] for name in ("read", "rejected", "dropped", "kept")}
+
+
+def load_prompters(checkpoint: str, conversation_tokens: int) -> tuple[Prompter, Prompter]:
+    """Prompters of one tokenizer: without a budget, and with it."""
+    tokenizer = load_tokenizer(find_checkpoint(checkpoint, weights=False))
+    whole, cut = (
+        Prompter(tokenizer, conversation_tokens=budget) for budget in (NO_BUDGET, conversation_tokens)
+    )
+    return whole, cut
+
+
+def count_tokens(frame: pl.DataFrame, whole: Prompter, cut: Prompter) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each comparison as a PAB sequence, without a budget and with one; int64 [comparisons]."""
+    counts: list[tuple[int, int]] = []
+    with progress("tokenising", len(frame), "comparisons") as advance:
+        for start in range(0, len(frame), ROWS_PER_CHUNK):
+            texts = frame[start : start + ROWS_PER_CHUNK].select(TEXTS).rows()
+            for tokenised in whole.tokenise(texts):
+                rendered = cut.render(tokenised)
+                kept = len(rendered.input_ids)
+                counts.append((len(whole.render(tokenised).input_ids) if rendered.truncated else kept, kept))
+            advance(len(texts))
+    before, after = np.array(counts, dtype=np.int64).T
+    return before, after
+
+
+def describe_tokens(whole: np.ndarray, cut: np.ndarray) -> dict[str, object]:
+    """Tokens a comparison before the cut, and which shares of comparisons and of tokens the budget takes."""
+    return {
+        **describe(whole),
+        "total": int(whole.sum()),
+        "comparisons_cut": float((cut < whole).mean()),
+        "tokens_cut": float(1 - cut.sum() / whole.sum()),
+    }
+
+
+def count_overlap(prompts: pl.DataFrame) -> list[dict[str, object]]:
+    """Different prompts that two sources have in common: all pairs of sources, zeros too.
+
+    Args:
+        prompts: `source`, `prompt` (a key), no row twice.
+    """
+    pairs = prompts.join(prompts, on="prompt", suffix="_other").filter(
+        pl.col("source") < pl.col("source_other")
+    )
+    counts = {(one, other): n for one, other, n in pairs.group_by("source", "source_other").len().iter_rows()}
+    sources = prompts["source"].unique().sort().to_list()
+    return [
+        {"source": one, "other_source": other, "prompts": counts.get((one, other), 0)}
+        for one, other in combinations(sources, 2)
+    ]
+
+
+def show(tables: Mapping[str, Mapping], overlap: list[dict[str, object]], conversation_tokens: int) -> None:
+    """Prints everything: a terminal's width holds a column a table."""
+    names = list(tables)
+    for start in range(0, len(names), 5):
+        part = names[start : start + 5]
+        columns = [_column(tables[name]) for name in part]
+        lines = list(dict.fromkeys(line for column in columns for line in column))
+        lines.sort(key=_line_order)
+        show_table(
+            "comparison tables",
+            ("", *part),
+            [(line, *(column.get(line) for column in columns)) for line in lines],
+        )
+    if any("tokens" in found for found in tables.values()):
+        say(f"tokens: one sequence with markup; cut: by a budget of {conversation_tokens:,} a conversation")
+    models = [(name, *_most_often(found["models"])) for name, found in tables.items() if found["models"]]
+    if models:
+        show_table("models most often met", ("table", "1st", "2nd", "3rd"), models)
+    if overlap:
+        rows = [(f"{one['source']} and {one['other_source']}", f"{one['prompts']:,}") for one in overlap]
+        show_table("prompts in common", ("sources", "prompts"), rows)
+
+
+def _most_often(models: Mapping[str, int]) -> list[str | None]:
+    named = [f"{name} ({count:,})" for name, count in list(models.items())[:3]]
+    return [*named, None, None, None][:3]
+
+
+def _line_order(line: str) -> int:
+    """Rows read, why not kept, kept, the rest: whatever reasons the tables have, in one order."""
+    starts = ("rows read", "bad: ", "dropped: ", "kept", "")
+    return next(i for i, start in enumerate(starts) if line.startswith(start))
+
+
+def _column(found: Mapping) -> dict[str, str]:
+    """What is shown of one table, by the name of the line."""
+    column = {}
+    if found["read"] is not None:
+        column["rows read"] = f"{found['read']:,}"
+        column |= {f"bad: {reason}": f"-{count:,}" for reason, count in found["rejected"].items()}
+        column |= {f"dropped: {reason}": f"-{count:,}" for reason, count in found["dropped"].items()}
+    column["kept"] = f"{found['kept']:,}"
+    column["different prompts"] = f"{found['prompts']:,}"
+    column["labelled"] = f"{found['labels']['labelled']:,}"
+    if shares := found["labels"]["shares"]:
+        column["A / B / tie, %"] = " / ".join(f"{100 * share:.1f}" for share in shares)
+    parts = {"turns": found["turns"], **{f"{k} chars": v for k, v in found["characters"].items()}}
+    if "tokens" in found:
+        parts["tokens"] = found["tokens"]
+    for name, numbers in parts.items():
+        mean = f"{numbers['mean']:,.2f}" if name == "turns" else f"{numbers['mean']:,.0f}"
+        column[f"{name}: mean"] = mean
+        column[f"{name}: median, 95 %, most"] = (
+            f"{numbers['median']:,.0f}, {numbers['p95']:,.0f}, {numbers['max']:,}"
+        )
+    if "tokens" in found:
+        column["comparisons cut"] = f"{found['tokens']['comparisons_cut']:.2%}"
+        column["tokens cut"] = f"{found['tokens']['tokens_cut']:.2%}"
+    column["different models"] = f"{found['num_models']:,}"
+    return column
+
+
+def draw(
+    folder: Path, tables: Mapping[str, Mapping], arrays: Mapping[str, Mapping], conversation_tokens: int
+) -> list[str]:
+    """Draws what there is to draw; returns the pictures' names."""
+    rows = {
+        name: {
+            "kept": found["kept"],
+            **{part: sum((found[part] or {}).values()) for part in ("dropped", "rejected")},
+        }
+        for name, found in tables.items()
+    }
+    kept_rows(folder / "summary-rows.png", rows)
+    character_lengths(
+        folder / "summary-characters.png", {name: found["characters"] for name, found in arrays.items()}
+    )
+    names = ["summary-rows.png", "summary-characters.png"]
+    if labels := {n: f["labels"]["shares"] for n, f in tables.items() if f["labels"]["labelled"]}:
+        label_shares(folder / "summary-labels.png", labels)
+        names.append("summary-labels.png")
+    if tokens := {name: found["tokens"] for name, found in arrays.items() if "tokens" in found}:
+        panels = {}
+        for name, values in tokens.items():
+            counts, edges = np.histogram(values, bins=NUM_BINS, range=(0, values.max() + 1))
+            note = f"{tables[name]['tokens']['comparisons_cut']:.1%} cut"
+            panels[name] = {"edges": edges, "counts": counts, "budget": conversation_tokens, "note": note}
+        lengths(folder / "summary-tokens.png", panels)
+        names.append("summary-tokens.png")
+    return names
+
+
+if __name__ == "__main__":
+    cli(main)

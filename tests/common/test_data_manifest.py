@@ -1,0 +1,79 @@
+"""Manifests: up to date, changed, made of something else, damaged."""
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from common.data_manifest import describe_file, is_made, made_of, manifest_path, write_made
+from common.pairs import REJECTED_SCHEMA, SCHEMA, ReadReport
+
+TABLE = pl.DataFrame(
+    [["1", "s", None, None, ["p"], ["a"], ["b"], 1.0, 0.0, 0.0, None]], schema=SCHEMA, orient="row"
+)
+
+
+def wanted(folder: Path, text: str = "raw", **parameters: object) -> dict:
+    (folder / "raw.csv").write_text(text)
+    return made_of([describe_file(folder / "raw.csv")], parameters, [Path(__file__)])
+
+
+def written(folder: Path, rejected: int = 0) -> Path:
+    rows = [("raw.csv", i, None, "malformed", "x") for i in range(rejected)]
+    bad = pl.DataFrame(rows, schema=REJECTED_SCHEMA, orient="row")
+    report = ReadReport(paths=(Path("raw.csv"),), num_read=3 + rejected, num_kept=3, rejected=bad)
+    write_made(folder / "x.parquet", TABLE, report, wanted=wanted(folder, seed=1), dropped={"repeat": 2})
+    return folder / "x.parquet"
+
+
+def test_counts_add_up_and_rejected_rows_come_and_go(tmp_path, capsys):
+    manifest = json.loads(manifest_path(written(tmp_path, rejected=2)).read_text())
+    counts = manifest["counts"]
+    assert counts == {"read": 5, "rejected": {"malformed": 2}, "dropped": {"repeat": 2}, "kept": 1}
+    assert len(pl.read_parquet(tmp_path / "x.rejected.parquet")) == 2
+    assert "bad: malformed" in capsys.readouterr().out
+    written(tmp_path)
+    assert not (tmp_path / "x.rejected.parquet").exists()
+
+
+def test_only_the_same_bytes_and_flags_are_up_to_date(tmp_path):
+    output = tmp_path / "x.parquet"
+    assert not is_made(output, wanted(tmp_path, seed=1), overwrite=False)
+    written(tmp_path)
+    renamed = wanted(tmp_path, seed=1)
+    renamed["inputs"][0]["name"] = "elsewhere.csv"
+    assert is_made(output, renamed, overwrite=False)
+    for other, message in (
+        (wanted(tmp_path, seed=2), "parameters"),
+        (wanted(tmp_path, "other", seed=1), "inputs"),
+    ):
+        with pytest.raises(ValueError, match=f"made with {message} .*--overwrite"):
+            is_made(output, other, overwrite=False)
+        assert not is_made(output, other, overwrite=True)
+
+
+def test_other_code_makes_it_again_without_asking(tmp_path):
+    output = written(tmp_path)
+    assert not is_made(output, {**wanted(tmp_path, seed=1), "code_sha256": "new"}, overwrite=False)
+
+
+@pytest.mark.parametrize("damage", ["table", "manifest", "json", "fields"])
+def test_what_was_changed_by_hand_is_replaced_only_when_told(tmp_path, damage):
+    output = written(tmp_path)
+    if damage == "table":
+        output.write_text("mine")
+    elif damage == "manifest":
+        manifest_path(output).unlink()
+    else:
+        manifest_path(output).write_text({"json": "{", "fields": '{"inputs": [1]}'}[damage])
+    with pytest.raises(ValueError, match="--overwrite"):
+        is_made(output, wanted(tmp_path, seed=1), overwrite=False)
+    assert not is_made(output, wanted(tmp_path, seed=1), overwrite=True)
+
+
+def test_a_table_without_a_row_is_refused_and_nothing_written(tmp_path):
+    report = ReadReport(paths=(Path("raw.csv"),), num_read=2, num_kept=2)
+    with pytest.raises(ValueError, match=r"no comparison is left for .*2 rows read, repeat 2"):
+        write_made(tmp_path / "x.parquet", TABLE.clear(), report, wanted={}, dropped={"repeat": 2})
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,85 @@
+"""just prep makes every table that it finds raw files for, once, and says what is missing."""
+
+import json
+
+import pytest
+from helpers import make_comparisons
+
+from common.pairs import read_comparisons
+from data_prep import prepare
+
+
+def write_raw(folder, count=60):
+    """train.csv, the 33k votes and the conversations, about the same prompts."""
+    frame = make_comparisons(count)
+    folder.mkdir()
+    texts = [
+        frame[name].map_elements(lambda turns: json.dumps(list(turns)), return_dtype=str).alias(name)
+        for name in ("prompt", "response_a", "response_b")
+    ]
+    table = frame.drop("source", "fold").with_columns(texts)
+    table.write_csv(folder / "train.csv")
+    table.select("id", "prompt", "response_a", "response_b").head(3).write_csv(folder / "test.csv")
+    table.tail(20).write_csv(folder / "lmsys-33k-deduplicated.csv")
+    (folder / "lmsys-chat-1m.jsonl").write_text(
+        "".join(
+            json.dumps({"conversation_id": f"c{i}", "model": f"m{i % 3}", "conversation": chat}) + "\n"
+            for i, chat in enumerate(chats(frame, 10) + chats(make_comparisons(10, seed=9), 10))
+        )
+    )
+
+
+def chats(frame, count):
+    """Both answers of the first comparisons, as conversations of their own."""
+    rows = frame.select("prompt", "response_a", "response_b").head(count).rows()
+    return [
+        [
+            {"role": role, "content": text}
+            for turn in zip(prompt, answers, strict=True)
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        for prompt, *both in rows
+        for answers in both
+    ]
+
+
+def test_everything_is_made_once_in_order(tmp_path, capfd):
+    write_raw(tmp_path / "data")
+    args = prepare.Args(data=tmp_path / "data", artifacts=tmp_path / "artifacts")
+    prepare.main(args)
+    said = capfd.readouterr().out
+    tables = tmp_path / "artifacts/data"
+    votes, pairs = (read_comparisons(tables / f"{name}.parquet")[0] for name in ("arena55k", "lmsys1m_pairs"))
+    seen = {tuple(prompt) for prompt in votes["prompt"].to_list()}
+    assert len(pairs) and not seen & {tuple(prompt) for prompt in pairs["prompt"].to_list()}
+    assert "preference_sets: none of Capybara-Preferences, " in said and "raw files missing" in said
+    assert (tables / "summary.json").is_file()
+    before = {path: path.stat().st_mtime_ns for path in tables.glob("*.parquet")}
+    assert len(before) == 4
+    prepare.main(args)
+    assert capfd.readouterr().out.count("up to date") >= 4
+    assert before == {path: path.stat().st_mtime_ns for path in tables.glob("*.parquet")}
+
+
+def test_nothing_to_make(tmp_path):
+    with pytest.raises(ValueError, match=r"holds none of train\.csv, .*docs/data\.md"):
+        prepare.main(prepare.Args(data=tmp_path, artifacts=tmp_path / "artifacts"))
+
+
+def test_a_script_that_fails_stops_the_rest(tmp_path, capfd):
+    write_raw(tmp_path / "data")
+    (tmp_path / "data/train.csv").write_text("id,prompt\n1,[]\n")
+    with pytest.raises(ValueError, match=r"competition\.py ended with status 1"):
+        prepare.main(prepare.Args(data=tmp_path / "data", artifacts=tmp_path / "artifacts"))
+    assert "lacks the columns" in capfd.readouterr().err
+    assert not (tmp_path / "artifacts").exists()
+
+
+def test_the_hub_takes_the_place_of_what_is_not_there(tmp_path):
+    (tmp_path / "Capybara-Preferences.parquet").touch()
+    source = prepare.SOURCES[-1]
+    args = prepare.Args(data=tmp_path, hub=True)
+    found = prepare.find_inputs(source, args)
+    assert found[0] == str(tmp_path / "Capybara-Preferences.parquet") and len(found) == 5
+    assert found[1] == "RLHFlow/PKU-SafeRLHF-30K-standard"
+    assert len(prepare.find_inputs(source, prepare.Args(data=tmp_path))) == 1
