@@ -30,7 +30,7 @@ setup extra="dev":
     [ "$wanted" = "$(cat "$stamp" 2>/dev/null)" ] && exit 0
     {{python}} -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[{{extra}}]" && echo "$wanted" > "$stamp"
 
-# The whole pipeline on tiny models, on a CPU (about 5 minutes): --train-csv F --test-csv G for real votes
+# The whole pipeline on tiny models, on a CPU (about 4 minutes): --train-csv F --test-csv G for real votes
 [no-exit-message]
 demo *args: setup
     @{{python}} stages/demo.py "$@"
