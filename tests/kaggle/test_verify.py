@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 
@@ -184,9 +185,9 @@ def test_a_copy_elsewhere_answers_alike_without_network_and_repository(artifacts
     if how == NAMESPACE:
         repository = [ROOT / name for name in ("common", "stages", "kaggle", "data_prep")]
         command = isolated(command, read_only={elsewhere: elsewhere}, hidden=[*repository, artifacts])
-    found = subprocess.run(
-        command, cwd=tmp_path, env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True
-    )
+    # as many threads as in the run before it: sums over two threads round otherwise on some processors
+    environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "copy.csv").read_text() == (tmp_path / "s.csv").read_text()
     read_bundle(elsewhere)  # running it left nothing behind
