@@ -1,20 +1,25 @@
-"""Pairs out of a million single conversations: seconds and memory of the script, beside a scan per prompt.
+"""Pairs out of a million single conversations, and what is in them: seconds and memory.
 
-Run   python benchmarks/data.py [--rows 500000 1000000 2000000] [--scratch /var/tmp]
+Run   just bench data [--rows 500000 1000000 2000000] [--checkpoint artifacts/demo/models/tiny-gemma]
 
 Makes conversations in the schema of lmsys-chat-1m (about 2.5 KB each, prompts that repeat by a power law) and
-runs `data_prep/lmsys1m_pairs.py` on them in a process of its own: wall time, peak memory. Beside it the plain
-way, which looks through the whole table once for every prompt, at sizes where it still ends. The
-"growth" columns compare a row with the one above it.
+runs our scripts on them, each in a process of its own: `data_prep/lmsys1m_pairs.py`, then `leak_check.py` on
+the pairs and, with a tokenizer, `summary.py` on up to 100,000 of them. Beside the first the plain way, which
+looks through the whole table once for every prompt, at sizes where it still ends. The "growth" columns
+compare a row with the one above it.
 """
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -22,7 +27,9 @@ import polars as pl
 from common.console import cli, say, show_table
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "data_prep" / "lmsys1m_pairs.py"
+SCRIPTS = ROOT / "data_prep"
+NUM_TOKENISED = 100_000
+"""Most pairs whose tokens are counted."""
 ROWS_PER_FILE = 250_000
 ROWS_PER_GROUP = 1000
 """As the hub's files have it."""
@@ -40,9 +47,11 @@ class Args:
     """Conversations into pairs, at growing sizes."""
 
     rows: tuple[int, ...] = (500_000, 1_000_000, 2_000_000)
-    """Conversations for our script, smallest first."""
+    """Conversations for our scripts, smallest first."""
     scan_rows: tuple[int, ...] = (20_000, 40_000, 80_000)
     """Conversations for the plain way, whose time grows with the square; none: leave it out."""
+    checkpoint: str | None = None
+    """Checkpoint (folder, short name or hub id) whose tokenizer counts tokens; none: they are not counted."""
     scratch: Path | None = None
     """Folder for the made files, about 1.6 GB per million rows, removed at the end; none: the system's."""
 
@@ -53,48 +62,91 @@ class Args:
             )
 
 
+class Measured(NamedTuple):
+    """One run of one way."""
+
+    num_rows: int
+    num_results: int
+    seconds: float
+    peak_gb: float | None
+    """Peak resident memory; none where it was not measured."""
+
+
 def main(args: Args) -> None:
-    found = []
-    for way, sizes in ((ours, args.rows), (scan_per_prompt, args.scan_rows)):
-        previous = None
-        for num_rows in sizes:
-            with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-                made = write_conversations(Path(folder), num_rows)
-                say(f"{num_rows:,} conversations made, {made / 1e9:.2f} GB")
-                seconds, peak, num_pairs = way(Path(folder))
-            growth = ("", "") if previous is None else (num_rows / previous[0], seconds / previous[1])
-            found.append(
-                (
-                    way.__name__.replace("_", " "),
-                    f"{num_rows:,}",
-                    f"{num_pairs:,}",
-                    f"{seconds:.1f}",
-                    "-" if peak is None else f"{peak:.2f}",
-                    *(f"{one:.2f}" if one else "" for one in growth),
-                )
-            )
-            previous = (num_rows, seconds)
-    columns = ("way", "rows", "pairs", "seconds", "peak GB", "growth of rows", "growth of seconds")
-    show_table(f"single conversations into pairs, {os.cpu_count()} cores", columns, found)
+    ways: dict[str, list[Measured]] = {}
+    for num_rows in args.rows:
+        with made(num_rows, args.scratch) as folder:
+            for way, measured in ours(folder, num_rows, args.checkpoint).items():
+                ways.setdefault(way, []).append(measured)
+    for num_rows in args.scan_rows:
+        with made(num_rows, args.scratch) as folder:
+            ways.setdefault("one scan of the table per prompt", []).append(scan_per_prompt(folder, num_rows))
+    columns = ("way", "rows", "results", "seconds", "peak GB", "growth of rows", "growth of seconds")
+    rows = [row for way, measured in ways.items() for row in described(way, measured)]
+    show_table(f"single conversations into pairs, {os.cpu_count()} cores", columns, rows)
 
 
-def ours(folder: Path) -> tuple[float, float, int]:
-    """(wall seconds, peak resident GB, pairs) of the script, started as a user starts it."""
-    output = folder / "out" / "pairs.parquet"
+@contextmanager
+def made(num_rows: int, scratch: Path | None) -> Iterator[Path]:
+    """A temporary folder of conversations."""
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        size = write_conversations(Path(folder), num_rows)
+        say(f"{num_rows:,} conversations made, {size / 1e9:.2f} GB")
+        yield Path(folder)
+
+
+def described(way: str, measured: Sequence[Measured]) -> Iterator[tuple[str | None, ...]]:
+    """Lines of the table."""
+    for i, one in enumerate(measured):
+        before = measured[i - 1] if i else None
+        yield (
+            way,
+            f"{one.num_rows:,}",
+            f"{one.num_results:,}",
+            f"{one.seconds:.1f}",
+            one.peak_gb and f"{one.peak_gb:.2f}",
+            before and f"{one.num_rows / before.num_rows:.2f}",
+            before and f"{one.seconds / before.seconds:.2f}",
+        )
+
+
+def ours(folder: Path, num_rows: int, checkpoint: str | None) -> dict[str, Measured]:
+    """What our scripts take, each started as a user starts it."""
+    pairs, part = folder / "out" / "pairs.parquet", folder / "part" / "pairs.parquet"
+    found = {}
+    seconds, peak = run("lmsys1m_pairs.py", "--input", folder, "--output", pairs)
+    num_pairs = pl.scan_parquet(pairs).select(pl.len()).collect().item()
+    found["lmsys1m_pairs.py (results: pairs)"] = Measured(num_rows, num_pairs, seconds, peak)
+    leaks = folder / "leaks.parquet"
+    seconds, peak = run("leak_check.py", "--input", pairs, "--output", leaks)
+    num_leaks = len(pl.read_parquet(leaks, columns=["id"])) if leaks.exists() else 0
+    found["leak_check.py (results: to take out)"] = Measured(num_pairs, num_leaks, seconds, peak)
+    if checkpoint:
+        num_counted = min(num_pairs, NUM_TOKENISED)
+        part.parent.mkdir()
+        pl.scan_parquet(pairs).head(num_counted).sink_parquet(part)
+        seconds, peak = run("summary.py", "--input", part, "--output", folder, "--checkpoint", checkpoint)
+        num_tokens = json.loads((folder / "summary.json").read_text())["tables"]["pairs"]["tokens"]["total"]
+        found["summary.py (results: tokens)"] = Measured(num_counted, num_tokens, seconds, peak)
+    return found
+
+
+def run(script: str, *arguments: object) -> tuple[float, float]:
+    """(wall seconds, peak resident GB) of one of our scripts."""
     began = time.perf_counter()
-    command = [sys.executable, SCRIPT, "--input", folder, "--output", output]
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise ValueError(f"{SCRIPT} ended with status {process.returncode}; what it printed says why")
+        raise ValueError(f"{script} ended with status {process.returncode}; what it printed says why")
     unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, usage.ru_maxrss * unit / 1e9, len(pl.read_parquet(output, columns=["id"]))
+    return seconds, usage.ru_maxrss * unit / 1e9
 
 
-def scan_per_prompt(folder: Path) -> tuple[float, None, int]:
-    """(wall seconds, nothing, pairs) of the plain way, tables in memory and reading not counted."""
+def scan_per_prompt(folder: Path, num_rows: int) -> Measured:
+    """The plain way; the table in memory, reading not counted."""
     chats = pl.col("conversation")
     table = pl.read_parquet(folder / "*.parquet").select(
         "model",
@@ -107,7 +159,7 @@ def scan_per_prompt(folder: Path) -> tuple[float, None, int]:
     for prompt in table["prompt"].unique():
         group = table.filter(pl.col("prompt") == prompt)
         num_pairs += group["model"].n_unique() // 2
-    return time.perf_counter() - began, None, num_pairs
+    return Measured(num_rows, num_pairs, time.perf_counter() - began, None)
 
 
 def write_conversations(folder: Path, num_rows: int, *, seed: int = 0) -> int:

@@ -22,6 +22,21 @@ def alternates(chat: str) -> pl.Expr:
     ).fill_null(False)
 
 
+def system_message(chat: str) -> pl.Expr:
+    """What stands in a chat's first message where that is the system's ("" for a null), else null."""
+    first = pl.col(chat).list.first().struct
+    return pl.when(_starts_with_system(chat)).then(first.field("content").fill_null(""))
+
+
+def without_system(chat: str) -> pl.Expr:
+    """The chat less its first message where that is the system's."""
+    return pl.when(_starts_with_system(chat)).then(pl.col(chat).list.slice(1)).otherwise(pl.col(chat))
+
+
+def _starts_with_system(chat: str) -> pl.Expr:
+    return pl.col(chat).list.first().struct.field("role") == "system"
+
+
 def user_turns(chat: str) -> pl.Expr:
     """What the user wrote, one text a turn; only for chats that alternate."""
     return pl.col(chat).list.gather_every(2, 0).list.eval(pl.element().struct.field("content"))

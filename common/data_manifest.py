@@ -10,56 +10,57 @@ import polars as pl
 
 from common.console import say, show_table
 from common.files import file_hash, read_json, text_hash, write_json
-from common.pairs import ReadReport, table_hash, write_comparisons, write_rejected
+from common.pairs import ReadReport, check_writable, table_hash, write_rejected, writing_table
+from common.raw_files import RawFile
 
-READERS = ("competition_csv.py", "conversations.py", "pairs.py", "raw_files.py", "raw_text.py")
-
-
-def describe_file(path: Path) -> dict[str, object]:
-    """Name, size in bytes and sha256 of an input."""
-    return {"name": str(path), "bytes": path.stat().st_size, "sha256": file_hash(path)}
+READERS = (
+    *("competition_csv.py", "competition_files.py", "conversations.py", "exclude.py"),
+    *("pairs.py", "raw_files.py", "raw_text.py"),
+)
 
 
 def made_of(
-    inputs: Sequence[Mapping[str, object]], parameters: Mapping[str, object], code: Sequence[Path]
+    files: Sequence[RawFile], parameters: Mapping[str, object], code: Sequence[Path]
 ) -> dict[str, object]:
     """What decides a table's content, JSON values only.
 
     Args:
-        inputs: Name, bytes and sha256 of each file, as `common.raw_files.open_raw` describes them.
+        files: What it is made from.
         parameters: Flags that change the result.
         code: Source files whose change makes the table out of date, beside those of `common` that read rows.
     """
     code = [*code, *(Path(__file__).with_name(name) for name in READERS)]
     return {
-        "inputs": [dict(one) for one in inputs],
+        "inputs": [file.describe() for file in files],
         "parameters": dict(parameters),
         "code_sha256": text_hash(*(f"{path.name} {file_hash(path)}" for path in code)),
     }
 
 
-def is_made(output: Path, wanted: Mapping[str, object], *, overwrite: bool) -> bool:
-    """Whether `output` is there and made of just this; names of inputs do not count, their bytes do.
+def is_made(output: Path, wanted: Mapping[str, object], *, overwrite: bool, skip_bad_rows: bool) -> bool:
+    """Whether `output` is there and made of just this, and says so; of inputs the bytes count, not the names.
 
     Raises:
-        ValueError: It is there, made of something else or by hand, and `overwrite` is off.
+        ValueError: It is there, made of something else or by hand, or without rows that are bad and may not
+            be skipped now; and `overwrite` is off.
     """
     if not output.exists():
         return False
-    reason = _difference(output, wanted)
-    if reason is None:
-        found = read_json(manifest_path(output))
-        if found.get("code_sha256") == wanted["code_sha256"]:
-            return True
-        reason = f"{output} was made by other code"
-    elif not overwrite:
+    reason = _difference(output, wanted, skip_bad_rows)
+    if reason is not None and not overwrite:
         raise ValueError(f"{reason}; pass --overwrite to replace it, or another --output")
-    say(f"{reason}: making it again")
-    return False
+    if reason is None:
+        manifest = read_json(manifest_path(output))
+        if manifest.get("code_sha256") != wanted["code_sha256"]:
+            reason = f"{output} was made by other code"
+        elif manifest.get("output_sha256") != file_hash(output):
+            reason = f"{output}: writing it was interrupted"
+    say(f"{output} is up to date" if reason is None else f"{reason}: making it again")
+    return reason is None
 
 
-def _difference(output: Path, wanted: Mapping[str, object]) -> str | None:
-    """What in a table's file or manifest is not as wanted; None where all but the code is."""
+def _difference(output: Path, wanted: Mapping[str, object], skip_bad_rows: bool) -> str | None:
+    """Why a table must not be replaced unasked; None where only the code differs, or a run did not end."""
     path = manifest_path(output)
     if not path.is_file():
         return f"{output} is there, but {path} is not, so what it was made of is not known"
@@ -67,12 +68,15 @@ def _difference(output: Path, wanted: Mapping[str, object]) -> str | None:
         found = read_json(path)
     except ValueError as error:
         return str(error)
+    if file_hash(output) not in (found.get("output_sha256"), found.get("replaces_sha256")):
+        return f"{output} was changed after it was made"
     for name in ("parameters", "inputs"):
         theirs, ours = (_comparable(one.get(name)) for one in (found, wanted))
         if theirs != ours:
             return f"{output} was made with {name} {theirs}, here it is {ours}"
-    if found.get("output_sha256") != file_hash(output):
-        return f"{output} was changed after it was made"
+    num_rejected = sum(found["counts"]["rejected"].values())
+    if num_rejected and not skip_bad_rows:
+        return f"{output} was made without {num_rejected:,} bad rows; pass --skip-bad-rows to keep it"
     return None
 
 
@@ -92,6 +96,8 @@ def write_made(
 ) -> None:
     """Writes a comparison table, the rows that were rejected, and the manifest; prints the counts.
 
+    The manifest comes first and names the old table too: killed in between, the next run knows what it sees.
+
     Args:
         output: Comparison Parquet.
         frame: Its rows.
@@ -105,25 +111,26 @@ def write_made(
     if frame.is_empty():
         why = "".join(f", {reason} {count:,}" for reason, count in dropped.items() if count)
         raise ValueError(f"no comparison is left for {output}: {report.num_read:,} rows read{why}")
-    table_sha256 = table_hash(frame)  # before the table is there: it takes seconds, and one may interrupt it
-    write_comparisons(frame, output)
-    rejected_path = output.with_suffix(".rejected.parquet")
-    if len(report.rejected):
-        write_rejected(report, rejected_path)
-    else:
-        rejected_path.unlink(missing_ok=True)
+    frame = check_writable(frame, output)
     reasons = dict(report.rejected["reason"].value_counts(sort=True).iter_rows())
     counts = {"read": report.num_read, "rejected": reasons, "dropped": dict(dropped), "kept": len(frame)}
-    write_json(
-        manifest_path(output),
-        {
-            **wanted,
-            "counts": counts,
-            "notes": report.notes,
-            "table_sha256": table_sha256,
-            "output_sha256": file_hash(output),
-        },
-    )
+    rejected_path = output.with_suffix(".rejected.parquet")
+    with writing_table(frame, output) as temporary:
+        if len(report.rejected):
+            write_rejected(report, rejected_path)
+        write_json(
+            manifest_path(output),
+            {
+                **wanted,
+                "counts": counts,
+                "notes": report.notes,
+                "table_sha256": table_hash(frame),
+                "output_sha256": file_hash(temporary),
+                "replaces_sha256": file_hash(output) if output.is_file() else None,
+            },
+        )
+    if report.rejected.is_empty():
+        rejected_path.unlink(missing_ok=True)
     show_counts(output, counts)
     if len(report.rejected):
         say(f"the rejected rows are listed in {rejected_path}")

@@ -1,6 +1,5 @@
 """What stages read: comparison tables, the held-out fold, finished checkpoints and their past."""
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -46,16 +45,6 @@ def without_content_of(train: pl.DataFrame, held_out: pl.DataFrame) -> pl.DataFr
     if leaked.any():
         say(f"{leaked.sum():,} training rows have the content of a held-out row and are left out")
     return train.filter(~leaked)
-
-
-def without_prompts_of(frame: pl.DataFrame, exclude: tuple[Path, ...]) -> pl.DataFrame:
-    """`frame` less the rows whose prompt (all user turns) stands in one of some comparison tables."""
-    if not exclude:
-        return frame
-    excluded, _ = read_comparisons(exclude)
-    prompts = {json.dumps(prompt) for prompt in excluded["prompt"].to_list()}
-    keep = [json.dumps(prompt) not in prompts for prompt in frame["prompt"].to_list()]
-    return frame.filter(pl.Series(keep, dtype=pl.Boolean))
 
 
 def read_instruction(path: Path | None) -> str:

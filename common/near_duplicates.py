@@ -1,4 +1,4 @@
-"""Near-duplicate texts: MinHash signatures propose pairs, the exact Jaccard similarity of shingles decides.
+"""Near-duplicate texts: MinHash and banding (datasketch) propose pairs, exact Jaccard similarity decides.
 
 A shingle is a pair of neighbouring words of the text in lower case (a character of Chinese, Japanese or Thai
 counts as a word). One word changed among twenty leaves a similarity of 0.81. A text of one word is one
@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 import polars as pl
 import xxhash
+from datasketch import MinHash, MinHashLSH
 
 from common.console import progress
 
@@ -25,27 +26,27 @@ RECALL_AT_THRESHOLD = 0.99
 TEXTS_PER_CHUNK = 5_000
 PAIRS_PER_CHUNK = 250_000
 SHINGLES_PER_CHUNK = 10_000_000
-"""What one comparison of candidates holds at most, 8 bytes each, several times."""
+"""What one comparison of candidates holds at most, 4 bytes each, several times."""
 
 
 def shingles(texts: pl.Series) -> pl.Series:
-    """The set of shingles of each text, as 64-bit hashes: the same in every process and version.
+    """The set of shingles of each text, as 32-bit hashes: the same in every process and version.
 
     Args:
         texts: Strings, no nulls.
 
     Returns:
-        List(UInt64), each list sorted and without repeats.
+        List(UInt32), each list sorted and without repeats.
     """
-    chunks = []
+    chunks = [pl.Series("shingles", [], dtype=pl.List(pl.UInt32))]
     with progress("shingling", len(texts), "texts") as advance:
         for start in range(0, len(texts), TEXTS_PER_CHUNK):
             chunk = texts[start : start + TEXTS_PER_CHUNK]
             words = chunk.str.normalize("NFKC").str.to_lowercase().str.extract_all(WORD)
             sets = [_shingles_of(*pair) for pair in zip(words.to_list(), chunk, strict=True)]
-            chunks.append(pl.Series("shingles", sets, dtype=pl.List(pl.UInt64)))
+            chunks.append(pl.Series("shingles", sets, dtype=pl.List(pl.UInt32)))
             advance(len(chunk))
-    return pl.concat(chunks) if chunks else pl.Series("shingles", [], dtype=pl.List(pl.UInt64))
+    return pl.concat(chunks)
 
 
 def _shingles_of(words: list[str], text: str) -> list[int]:
@@ -53,7 +54,7 @@ def _shingles_of(words: list[str], text: str) -> list[int]:
         parts = {f"{first} {second}" for first, second in pairwise(words)}
     else:
         parts = set(words or [text.strip()]) - {""}
-    return sorted({xxhash.xxh3_64_intdigest(part.encode()) for part in parts})
+    return sorted({xxhash.xxh32_intdigest(part.encode()) for part in parts})
 
 
 def near_pairs(sets: pl.Series, *, threshold: float) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -64,34 +65,47 @@ def near_pairs(sets: pl.Series, *, threshold: float) -> Iterator[tuple[np.ndarra
     n (n - 1) / 2 pairs.
 
     Args:
-        sets: List(UInt64) of shingles; empty sets are near nothing.
+        sets: List(UInt32) of shingles; empty sets are near nothing.
         threshold: From 0.2 to 1.
 
     Yields:
         (left, right, similarity): int64 positions in `sets`, left < right, and float64, all [pairs].
     """
     sizes = sets.list.len().to_numpy().astype(np.int64)
-    used = np.flatnonzero(sizes)
-    if len(used) < 2:
-        return
-    bands = _band_hashes(sets, used, rows_per_band(threshold))
-    total = sum(int(_partners(np.sort(band)).sum()) for band in bands)
-    with progress("comparing", total, "candidate pairs") as advance:
-        for k, band in enumerate(bands):
-            for left, right in _pairs_in_buckets(band):
-                advance(len(left))
-                is_new = np.ones(len(left), dtype=bool)
-                for earlier in bands[:k]:  # a pair counts in the first band that proposes it
-                    is_new &= earlier[left] != earlier[right]
-                left, right = used[left[is_new]], used[right[is_new]]
-                left, right = np.minimum(left, right), np.maximum(left, right)
-                smaller, larger = np.minimum(sizes[left], sizes[right]), np.maximum(sizes[left], sizes[right])
-                may_be = smaller >= threshold * larger  # else even the smaller one whole is too little
-                left, right = left[may_be], right[may_be]
-                similarity = jaccard(sets, left, right)
-                near = similarity >= threshold
-                if near.any():
-                    yield left[near], right[near], similarity[near]
+    for left, right in _candidates(sets, rows_per_band(threshold)):
+        smaller, larger = np.minimum(sizes[left], sizes[right]), np.maximum(sizes[left], sizes[right])
+        may_be = smaller >= threshold * larger  # else even the smaller one whole is too little
+        left, right = left[may_be], right[may_be]
+        similarity = jaccard(sets, left, right)
+        near = similarity >= threshold
+        if near.any():
+            yield left[near], right[near], similarity[near]
+
+
+def _candidates(sets: pl.Series, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs (left < right) that share a band of `rows` hashes, in chunks of at least `PAIRS_PER_CHUNK`."""
+    index = MinHashLSH(num_perm=NUM_HASHES, params=(NUM_HASHES // rows, rows))
+    first = MinHash(num_perm=NUM_HASHES, hashfunc=int)  # the shingles are hashes already
+    lefts, rights, num_pairs = [], [], 0
+    with progress("comparing", len(sets), "texts") as advance:
+        for right, values in enumerate(sets):
+            advance(1)
+            if values.is_empty():
+                continue
+            signature = MinHash(
+                num_perm=NUM_HASHES, hashfunc=int, permutations=first.permutations, scheme=first.scheme
+            )
+            signature.update_batch(values.to_numpy())
+            left = index.query(signature)
+            index.insert(right, signature, check_duplication=False)
+            lefts.append(np.array(left, dtype=np.int64))
+            rights.append(np.full(len(left), right))
+            num_pairs += len(left)
+            if num_pairs >= PAIRS_PER_CHUNK:
+                yield np.concatenate(lefts), np.concatenate(rights)
+                lefts, rights, num_pairs = [], [], 0
+    if num_pairs:
+        yield np.concatenate(lefts), np.concatenate(rights)
 
 
 def jaccard(sets: pl.Series, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -111,46 +125,10 @@ def jaccard(sets: pl.Series, left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def rows_per_band(threshold: float) -> int:
     """The most hashes a band may have, so that a pair at the threshold is found often enough.
 
-    Two texts of similarity s share a band of r hashes with chance s^r; 0.8 -> 6, 0.5 -> 3.
+    Two texts of similarity s share a band of r hashes with chance s^r; 0.8 -> 6, 0.5 -> 3. There are at
+    least two bands, as datasketch wants it. Its own choice weighs misses against needless candidates; here
+    the exact similarity sorts those out, so that only misses count.
     """
-    rows = range(1, NUM_HASHES + 1)
+    rows = range(1, NUM_HASHES // 2 + 1)
     fitting = [r for r in rows if 1 - (1 - threshold**r) ** (NUM_HASHES // r) >= RECALL_AT_THRESHOLD]
     return max(fitting, default=1)
-
-
-def _band_hashes(sets: pl.Series, used: np.ndarray, rows: int) -> np.ndarray:
-    """One hash of `rows` MinHashes a band: uint64 [bands, texts]; equal where the texts share the band."""
-    random = np.random.default_rng(0)
-    factors = random.integers(1, 2**63, NUM_HASHES, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
-    offsets = random.integers(0, 2**63, NUM_HASHES, dtype=np.uint64)
-    bands = np.zeros((NUM_HASHES // rows, len(used)), dtype=np.uint64)
-    with progress("hashing", len(used), "texts") as advance:
-        for start in range(0, len(used), TEXTS_PER_CHUNK):
-            chunk = sets.gather(used[start : start + TEXTS_PER_CHUNK])
-            starts = np.concatenate([[0], np.cumsum(chunk.list.len().to_numpy(), dtype=np.int64)[:-1]])
-            flat = chunk.explode().to_numpy()
-            for i in range(len(bands) * rows):
-                smallest = np.minimum.reduceat((flat * factors[i] + offsets[i]) >> np.uint64(32), starts)
-                band = bands[i // rows, start : start + len(chunk)]
-                band[:] = (band ^ smallest) * np.uint64(0x9E3779B97F4A7C15)  # uint64 wraps, as meant
-                band ^= band >> np.uint64(29)
-            advance(len(chunk))
-    return bands
-
-
-def _partners(ordered: np.ndarray) -> np.ndarray:
-    """How many equal values follow each one in a sorted array: [3, 3, 3, 7] -> [2, 1, 0, 0]."""
-    return np.searchsorted(ordered, ordered, side="right") - np.arange(len(ordered)) - 1
-
-
-def _pairs_in_buckets(band: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Positions of equal values, pair by pair, in chunks of about `PAIRS_PER_CHUNK`."""
-    order = np.argsort(band, kind="stable")
-    counts = _partners(band[order])
-    cuts = np.flatnonzero(np.diff(np.cumsum(counts) // PAIRS_PER_CHUNK)) + 1
-    for positions in np.split(np.arange(len(band)), cuts):
-        count = counts[positions]
-        first = np.repeat(positions, count)
-        steps = np.arange(len(first)) - np.repeat(np.cumsum(count) - count, count) + 1
-        if len(first):
-            yield order[first], order[first + steps]

@@ -6,7 +6,8 @@ rows and a report of what was found; a bad row stops the run unless the caller a
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,23 +160,29 @@ def read_comparisons(
     return check_rows(frame, places, paths=paths, skip_bad_rows=skip_bad_rows)
 
 
-def write_comparisons(
-    frame: pl.DataFrame, path: Path | str, *, metadata: dict[str, str] | None = None
-) -> None:
+def write_comparisons(frame: pl.DataFrame, path: Path | str) -> None:
     """Writes a comparison Parquet, atomically, and nothing that `read_comparisons` would refuse.
 
     Args:
         frame: `SCHEMA` and, if need be, further columns.
         path: File to create or replace.
-        metadata: Texts to store in the file, e.g. what it was made from; `pl.read_parquet_metadata`.
 
     Raises:
-        ValueError: A column is missing or of another type, a row is bad, or the file cannot be written.
+        ValueError: As of `check_writable`, or the file cannot be written.
+    """
+    write_table(check_writable(frame, path), path)
+
+
+def check_writable(frame: pl.DataFrame, path: Path | str) -> pl.DataFrame:
+    """The frame, columns of `SCHEMA` first.
+
+    Raises:
+        ValueError: A column is missing or of another type, or a row is bad.
     """
     frame = _check_schema(frame, path)
     places = pl.select(file=pl.lit(str(path)), row=pl.int_range(len(frame)))
     check_rows(frame, places, paths=(Path(path),))
-    write_table(frame, path, metadata=metadata)
+    return frame
 
 
 def write_rejected(report: ReadReport, path: Path | str) -> None:
@@ -183,20 +190,28 @@ def write_rejected(report: ReadReport, path: Path | str) -> None:
     write_table(report.rejected, path)
 
 
-def write_table(frame: pl.DataFrame, path: Path | str, *, metadata: dict[str, str] | None = None) -> None:
+def write_table(frame: pl.DataFrame, path: Path | str) -> None:
     """Writes any table, atomically: Parquet if the name ends so, else CSV.
 
     Raises:
         ValueError: The folder cannot be written or the disk is full. The old file stays.
     """
+    with writing_table(frame, path):
+        pass
+
+
+@contextmanager
+def writing_table(frame: pl.DataFrame, path: Path | str) -> Iterator[Path]:
+    """`write_table`, whose file takes its name when the block succeeds; yields where it lies until then."""
     with replacing(path) as temporary:
         try:
             if Path(path).suffix == ".parquet":
-                frame.write_parquet(temporary, metadata=metadata)
+                frame.write_parquet(temporary)
             else:
                 frame.write_csv(temporary)
         except pl.exceptions.PolarsError as error:  # how polars reports a full disk
             raise OSError(str(error)) from error
+        yield temporary
 
 
 def check_rows(

@@ -1,7 +1,8 @@
 """Raw files and hub data sets of any shape -> one lazy frame with the columns that a script wants.
 
-Parquet is scanned where it lies. CSV, JSON lines (plain, gzip or zstd) and hub data sets become a temporary
-Parquet first, text row by row, so that a bad row is named by its line; everything after is one code path.
+Parquet is scanned where it lies. CSV, JSON lines (plain, gzip or zstd) and Parquet whose texts hold JSON
+become a temporary Parquet first, row by row, so that a bad row is named by its line; everything after is one
+code path.
 """
 
 import re
@@ -9,14 +10,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 import pyarrow.parquet as pq
 
 from common.competition_csv import BadRowError
 from common.files import file_hash
-from common.pairs import REJECTED_SCHEMA
-from common.raw_text import conform, csv_rows, json_rows, open_csv, whole
+from common.pairs import REJECTED_SCHEMA, ReadReport, check_rows
+from common.raw_text import (
+    absent_columns,
+    conform_column,
+    csv_header,
+    csv_rows,
+    json_rows,
+    parquet_rows,
+    whole,
+)
 
 KINDS = (".parquet", ".csv", ".jsonl", ".ndjson", ".json")
 COMPRESSIONS = (".gz", ".zst")
@@ -26,98 +36,158 @@ PLACES = {"file": pl.String, "row": pl.Int64}
 """Where a row comes from: its file, and its row there (Parquet and hub, from 0) or line (text, from 1)."""
 
 
+class RawFile(NamedTuple):
+    """One file that was asked for, in a folder or from the hub perhaps."""
+
+    name: str
+    """As the user may know it: a path, or a hub id."""
+    path: Path
+
+    def describe(self) -> dict[str, object]:
+        """Name, size in bytes and sha256, for a manifest."""
+        return {"name": self.name, "bytes": self.path.stat().st_size, "sha256": file_hash(self.path)}
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Raw:
-    """What was asked for, not read yet."""
+    """What files hold, not read yet."""
 
     frame: pl.LazyFrame
-    """The wanted columns, then `PLACES`; rows in the order of the inputs."""
+    """The wanted columns, then `PLACES`; rows in the order of the files."""
     rejected: pl.DataFrame
-    """`REJECTED_SCHEMA`: rows of text files that could not be read."""
+    """`REJECTED_SCHEMA`: rows that could not be read."""
     num_repaired: int
     """Rows of text files in which half of a surrogate pair was replaced by U+FFFD."""
-    inputs: tuple[dict[str, object], ...]
-    """Name, size in bytes and sha256 of each file or hub data set, for a manifest."""
+    names: tuple[str, ...]
+    """Of the files, as in the column `file`."""
     row_unit: str
     """What `row` counts: "row" of a Parquet, "line" of a text file, "row or line" where both were given."""
 
     @property
-    def paths(self) -> tuple[Path, ...]:
-        """The names of the inputs, as in the column `file`."""
-        return tuple(Path(str(one["name"])) for one in self.inputs)
+    def notes(self) -> dict[str, int]:
+        """What is worth knowing, for a report."""
+        return {"with a lone surrogate replaced by U+FFFD": self.num_repaired} if self.num_repaired else {}
 
 
-def open_raw(inputs: Sequence[str], schema: Mapping[str, pl.DataType], scratch: Path) -> Raw:
-    """Opens files and hub data sets as one frame.
+def fetch(inputs: Sequence[str], scratch: Path) -> tuple[RawFile, ...]:
+    """Finds what is asked for: folders become their files, hub data sets temporary Parquets.
 
     Args:
-        inputs: Paths, or hub ids OWNER/NAME (an existing path wins), read in this order. A folder stands for
-            the Parquets in it, or if there are none the CSV and JSON lines files, by name; where some begin
-            with "train", for those.
-        schema: Wanted columns and their types; whole numbers become text where text is wanted and a CSV's
-            text becomes numbers where those are wanted, nothing else is converted. Further columns of the
-            inputs are not read; a wanted one that is absent is an error unless its name ends in "?", which
-            makes it null.
+        inputs: Paths, or hub ids OWNER/NAME (an existing path wins). A folder stands for the Parquets in it,
+            or if there are none the CSV and JSON lines files, by name; where some begin with "train", for
+            those.
         scratch: Existing folder for temporary files.
 
     Raises:
-        ValueError: An input is not there, cannot be read, or lacks a column or has it in another type.
+        ValueError: No input was given, or one is not there, is empty or of an unknown kind.
     """
-    frames, rejected, described, repaired, units = [], [], [], 0, set()
-    for number, (name, path) in enumerate(fetch(inputs, scratch)):
-        described.append(_describe(name, path))
-        target = scratch / f"{number}.converted.parquet"
-        units.add("row" if _kind(path) == ".parquet" else "line")
-        if _kind(path) == ".parquet":
-            frames.append(_scan(path, name, schema))
+    if not inputs:
+        raise ValueError("no input was given; name files or a hub id (OWNER/NAME) with --input")
+    found: list[RawFile] = []
+    for number, name in enumerate(inputs):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found += [RawFile(str(file), file) for file in _files_of(path)]
+        elif path.exists():
+            found.append(RawFile(str(Path(name)), path))
+        else:
+            found.append(RawFile(name, _from_hub(name, scratch / f"{number}.hub.parquet")))
+    for file in found:
+        _check_file(file.path)
+    return tuple(found)
+
+
+def open_raw(files: Sequence[RawFile], schema: Mapping[str, pl.DataType], scratch: Path) -> Raw:
+    """Opens files as one frame.
+
+    Args:
+        files: As of `fetch`, read in this order.
+        schema: Wanted columns and their types, as of `common.raw_text.conform_column`; numbers are read from
+            the texts of a CSV. Further columns are not read; a wanted one that is absent is an error unless
+            its name ends in "?", which makes it null.
+        scratch: Existing folder for temporary files; one a call.
+
+    Raises:
+        ValueError: A file cannot be read, or lacks a column or has it in another type.
+    """
+    scratch.mkdir(exist_ok=True)
+    frames, rejected, repaired = [], [], 0
+    for number, file in enumerate(files):
+        if _kind(file.path) == ".parquet" and not _holds_json(file, schema):
+            frames.append(_scan(file, schema))
             continue
-        bad, fixed = _convert(path, name, schema, target)
+        target = scratch / f"{number}.converted.parquet"
+        bad, fixed = _convert(file, schema, target)
         rejected += bad
         repaired += fixed
         frames.append(pl.scan_parquet(target, glob=False))
+    units = {"row" if _kind(file.path) == ".parquet" else "line" for file in files}
     return Raw(
         frame=pl.concat(frames),
         rejected=pl.DataFrame(rejected, schema=REJECTED_SCHEMA, orient="row"),
         num_repaired=repaired,
-        inputs=tuple(described),
+        names=tuple(file.name for file in files),
         row_unit=" or ".join(sorted(units, reverse=True)),
     )
 
 
-def fetch(inputs: Sequence[str], scratch: Path) -> list[tuple[str, Path]]:
-    """(name, file) of each input: folders become their files, hub data sets temporary Parquets.
+def merge(raws: Sequence[Raw], frames: Sequence[pl.LazyFrame]) -> Raw:
+    """Several raws as one; `frames` are what became of theirs, with the same columns by now."""
+    return Raw(
+        frame=pl.concat(frames),
+        rejected=pl.concat(raw.rejected for raw in raws),
+        num_repaired=sum(raw.num_repaired for raw in raws),
+        names=tuple(name for raw in raws for name in raw.names),
+        row_unit=" or ".join(sorted({u for raw in raws for u in raw.row_unit.split(" or ")}, reverse=True)),
+    )
+
+
+def check_raw(
+    raw: Raw,
+    rows: pl.DataFrame,
+    *,
+    rejected: pl.DataFrame | None = None,
+    notes: Mapping[str, int] | None = None,
+    skip_bad_rows: bool = False,
+) -> tuple[pl.DataFrame, ReadReport]:
+    """`common.pairs.check_rows` for rows of raw files.
+
+    Args:
+        raw: Where they come from; its unreadable rows join the report.
+        rows: Comparisons (`SCHEMA`), further columns, `PLACES`.
+        rejected: `REJECTED_SCHEMA` of further bad rows.
+        notes: Further notes.
+        skip_bad_rows: Leave bad rows out instead of failing.
+
+    Returns:
+        The good rows without `PLACES`, and the report.
 
     Raises:
-        ValueError: No input was given, or one is not there.
+        ValueError: As of `check_rows`.
     """
-    if not inputs:
-        raise ValueError("no input was given; name files or a hub id (OWNER/NAME) with --input")
-    found = []
-    for number, name in enumerate(inputs):
-        path = Path(name).expanduser()
-        if path.is_dir():
-            found += [(str(file), file) for file in _files_of(path)]
-        elif path.exists():
-            found.append((str(Path(name)), path))
-        else:
-            found.append((name, _from_hub(name, scratch / f"{number}.hub.parquet")))
-    return found
+    return check_rows(
+        rows.drop(PLACES),
+        rows.select(*PLACES),
+        paths=tuple(map(Path, raw.names)),
+        row_unit=raw.row_unit,
+        unreadable=raw.rejected if rejected is None else pl.concat([raw.rejected, rejected]),
+        notes={**raw.notes, **(notes or {})},
+        skip_bad_rows=skip_bad_rows,
+    )
 
 
-def column_names(path: Path) -> list[str]:
+def column_names(file: RawFile) -> list[str]:
     """The columns of a file: of its schema, its header, or its first line that is a JSON object.
 
     Raises:
         ValueError: The file cannot be read.
     """
-    _check_file(path)
-    if _kind(path) == ".parquet":
-        with reading([str(path)]):
-            return pl.scan_parquet(path, glob=False, hive_partitioning=False).collect_schema().names()
-    if _kind(path) == ".csv":
-        with open_csv(path) as reader:
-            return next(reader, [])
-    return next((list(row) for _, row in json_rows(path, {}) if isinstance(row, dict)), [])
+    match _kind(file.path):
+        case ".parquet":
+            return _parquet_schema(file).names()
+        case ".csv":
+            return csv_header(file.path)
+    return next((list(values) for _, values, bad in json_rows(file.path, {}) if bad is None), [])
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -153,11 +223,6 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _describe(name: str, path: Path) -> dict[str, object]:
-    _check_file(path)
-    return {"name": name, "bytes": path.stat().st_size, "sha256": file_hash(path)}
-
-
 def _check_file(path: Path) -> None:
     _kind(path)
     if path.stat().st_size == 0:
@@ -166,8 +231,11 @@ def _check_file(path: Path) -> None:
 
 def _from_hub(name: str, target: Path) -> Path:
     """The train split of a hub data set as Parquet."""
-    if not HUB_ID.fullmatch(name):
-        raise ValueError(f"{name} does not exist; expected a file, or a hub id OWNER/NAME")
+    if not HUB_ID.fullmatch(name) or name.endswith((*KINDS, *COMPRESSIONS)):
+        raise ValueError(
+            f"{name} does not exist; expected a file, a folder or a hub id OWNER/NAME: put it there, or name "
+            "another with --input"
+        )
     import datasets  # slow to import, and only hub ids need it
 
     try:
@@ -182,25 +250,46 @@ def _from_hub(name: str, target: Path) -> Path:
     return target
 
 
-def _scan(path: Path, name: str, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
+def _parquet_schema(file: RawFile) -> pl.Schema:
+    with reading([file.name]):
+        return pl.scan_parquet(file.path, glob=False, hive_partitioning=False).collect_schema()
+
+
+def _holds_json(file: RawFile, schema: Mapping[str, pl.DataType]) -> bool:
+    """Whether a Parquet has texts where lists are wanted: what CSV files become on the hub."""
+    found = _parquet_schema(file)
+    return any(
+        isinstance(kind, pl.List) and found.get(wanted.removesuffix("?")) == pl.String
+        for wanted, kind in schema.items()
+    )
+
+
+def _scan(file: RawFile, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
     """A Parquet's wanted columns, lazily, with places."""
-    with reading([name]):
-        frame = pl.scan_parquet(path, glob=False, hive_partitioning=False)
-        found = frame.collect_schema()
+    found = _parquet_schema(file)
+    _check_columns(file, schema, found.names())
     columns = []
     for wanted, kind in schema.items():
         column = wanted.removesuffix("?")
         if column not in found:
-            if not wanted.endswith("?"):
-                raise ValueError(f"{name} lacks the column {column}; found {', '.join(found)}")
             columns.append(pl.lit(None, kind).alias(column))
             continue
         if not _fits(found[column], kind):
-            raise ValueError(f"{name}: column {column} is {found[column]}, expected {kind}")
+            raise ValueError(f"{file.name}: column {column} is {found[column]}, expected {kind}")
         columns.append(_taken(pl.col(column), found[column], kind).alias(column))
+    frame = pl.scan_parquet(file.path, glob=False, hive_partitioning=False)
     return frame.with_row_index("row").select(
-        *columns, pl.lit(name).alias("file"), pl.col("row").cast(pl.Int64)
+        *columns, pl.lit(file.name).alias("file"), pl.col("row").cast(pl.Int64)
     )
+
+
+def _check_columns(file: RawFile, schema: Mapping[str, pl.DataType], found: Sequence[str]) -> None:
+    if absent := absent_columns(schema, found):
+        expected = [name for name in schema if not name.endswith("?")]
+        raise ValueError(
+            f"{file.name} lacks the column{'s' * (len(absent) > 1)} {', '.join(absent)}; "
+            f"found {', '.join(found) or 'none'}; expected {', '.join(expected)}"
+        )
 
 
 def _fits(found: pl.DataType, wanted: pl.DataType, *, is_column: bool = True) -> bool:
@@ -236,10 +325,12 @@ def _taken(column: pl.Expr, found: pl.DataType, wanted: pl.DataType) -> pl.Expr:
     return column.cast(wanted)
 
 
-def _convert(
-    path: Path, name: str, schema: Mapping[str, pl.DataType], target: Path
-) -> tuple[list[tuple], int]:
-    """A text file -> Parquet with places, in groups of rows; (rejected rows, repaired rows)."""
+def _convert(file: RawFile, schema: Mapping[str, pl.DataType], target: Path) -> tuple[list[tuple], int]:
+    """Any file -> Parquet with places, in groups of rows; (rejected rows, repaired rows)."""
+    kind = _kind(file.path)
+    if kind in (".csv", ".parquet"):
+        _check_columns(file, schema, column_names(file))
+    read = {".csv": csv_rows, ".parquet": parquet_rows}.get(kind, json_rows)
     rejected, num_repaired, rows = [], 0, []
     columns = {wanted.removesuffix("?"): kind for wanted, kind in schema.items()}
     full = pl.Schema(columns | PLACES)
@@ -251,26 +342,23 @@ def _convert(
                 writer.write_table(pl.DataFrame(rows, schema=full, orient="row").to_arrow())
                 rows.clear()
 
-        read = csv_rows if _kind(path) == ".csv" else json_rows
-        for line, values in read(path, schema):
+        for row, values, problem in read(file.path, schema):
             try:
-                if isinstance(values, BadRowError):
-                    raise values
-                conformed = [conform(values.get(c), kind, c) for c, kind in columns.items()]
+                if problem is not None:
+                    raise problem
+                conformed = [conform_column(values.get(c), kind, c) for c, kind in columns.items()]
             except BadRowError as bad:
-                rejected.append((name, line, _key_of(values, columns), *map(whole, bad.args)))
+                rejected.append((file.name, row, _key_of(values, columns), *map(whole, bad.args)))
                 continue
             num_repaired += any(fixed for _, fixed in conformed)
-            rows.append((*(value for value, _ in conformed), name, line))
+            rows.append((*(value for value, _ in conformed), file.name, row))
             if len(rows) >= ROWS_PER_GROUP:
                 flush()
         flush()
     return rejected, num_repaired
 
 
-def _key_of(values: object, columns: Mapping[str, pl.DataType]) -> str | None:
+def _key_of(values: Mapping[str, object], columns: Mapping[str, pl.DataType]) -> str | None:
     """The first wanted column that is called an id, for a message."""
-    if not isinstance(values, dict):
-        return None
     key = next((values[name] for name in columns if name.endswith("id") and name in values), None)
     return None if key is None else whole(str(key)[:100])

@@ -13,25 +13,19 @@ from pathlib import Path
 
 import polars as pl
 
+from common.competition_files import COLUMNS, MODELS, id_order, to_comparisons
 from common.console import cli, say
 from common.conversations import MESSAGES, alternates, assistant_turns, stable_key, user_turns
 from common.data_manifest import is_made, made_of, write_made
-from common.files import file_hash
-from common.inputs import without_prompts_of
-from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, check_rows
-from common.raw_files import PLACES, Raw, column_names, fetch, open_raw, reading
+from common.exclude import exclude_hashes, without_prompts
+from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport
+from common.raw_files import Raw, RawFile, check_raw, column_names, fetch, merge, open_raw, reading
 
 SOURCE = "arena33k"
-MODELS = {"model_a?": pl.String(), "model_b?": pl.String()}
-DEDUPLICATED = {
-    "id": pl.String(),
-    **MODELS,
-    **dict.fromkeys(TEXTS, pl.List(pl.String)),
-    **dict.fromkeys(LABELS, pl.Float64()),
-}
+DEDUPLICATED = COLUMNS | dict.fromkeys(LABELS, pl.Float64())
 ORIGINAL = {
     "question_id": pl.String(),
-    **MODELS,
+    **{f"{name}?": pl.String() for name in MODELS},
     "winner": pl.String(),
     "conversation_a": MESSAGES,
     "conversation_b": MESSAGES,
@@ -65,58 +59,51 @@ class Args:
 
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        raws = open_votes(args.input, Path(folder))
-        inputs = [one for raw in raws for one in raw.inputs]
-        parameters = {"exclude": sorted(file_hash(path) for path in args.exclude)}
-        wanted = made_of(inputs, parameters, [Path(__file__)])
-        if is_made(args.output, wanted, overwrite=args.overwrite):
-            say(f"{args.output} is up to date")
+        files = fetch(args.input, Path(folder))
+        wanted = made_of(files, {"exclude": exclude_hashes(args.exclude)}, [Path(__file__)])
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
-        frame, report, dropped = read_votes(raws, skip_bad_rows=args.skip_bad_rows)
+        frame, report, dropped = read_votes(open_votes(files, Path(folder)), skip_bad_rows=args.skip_bad_rows)
     kept = first_of_each_prompt(frame)
-    dropped |= {REPEATED_PROMPT: len(frame) - len(kept)}
-    table = without_prompts_of(kept, args.exclude)
-    dropped |= {"prompt stands in --exclude": len(kept) - len(table)} if args.exclude else {}
+    table, excluded = without_prompts(kept, args.exclude)
+    dropped |= {REPEATED_PROMPT: len(frame) - len(kept)} | excluded
     say(str(report))
     write_made(args.output, table, report, wanted=wanted, dropped=dropped)
 
 
-def open_votes(inputs: Sequence[str], scratch: Path) -> list[Raw]:
-    """Opens each input in the form that its columns show.
+def open_votes(files: Sequence[RawFile], scratch: Path) -> Raw:
+    """Opens each file in the form that its columns show.
 
     Args:
-        inputs: Files, folders or hub ids.
+        files: As of `common.raw_files.fetch`.
         scratch: Existing folder for temporary files.
 
+    Returns:
+        `SCHEMA`, `PLACES`, `left_out` (why a vote cannot be compared, or null), `found` (the winner as
+        written), `has_vote`, `has_chats`.
+
     Raises:
-        ValueError: An input is not there, cannot be read or has the columns of neither form.
+        ValueError: A file cannot be read or has the columns of neither form.
     """
-    raws = []
-    for i, (name, path) in enumerate(fetch(inputs, scratch)):
-        found = column_names(path)
+    raws, frames = [], []
+    for i, file in enumerate(files):
+        found = column_names(file)
         is_original = "question_id" in found or "conversation_a" in found
         if not is_original and not set(TEXTS) & set(found):
             raise ValueError(
-                f"{name} has the columns {', '.join(found) or 'of neither form (none)'}; expected "
+                f"{file.name} has the columns {', '.join(found) or 'none'}; expected "
                 f"{', '.join(DEDUPLICATED)}, or {', '.join(ORIGINAL)}"
             )
-        (scratch / str(i)).mkdir()
-        raw = open_raw([str(path)], ORIGINAL if is_original else DEDUPLICATED, scratch / str(i))
-        described = tuple({**one, "name": name} for one in raw.inputs)
-        rejected = raw.rejected.with_columns(file=pl.lit(name))
-        raws.append(
-            replace(raw, frame=raw.frame.with_columns(file=pl.lit(name)), rejected=rejected, inputs=described)
-        )
-    return raws
+        raws.append(open_raw([file], ORIGINAL if is_original else DEDUPLICATED, scratch / f"votes-{i}"))
+        frames.append(_from_original(raws[-1].frame) if is_original else _from_deduplicated(raws[-1].frame))
+    return merge(raws, frames)
 
 
-def read_votes(
-    raws: Sequence[Raw], *, skip_bad_rows: bool = False
-) -> tuple[pl.DataFrame, ReadReport, dict[str, int]]:
+def read_votes(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, ReadReport, dict[str, int]]:
     """Reads votes of either form.
 
     Args:
-        raws: As of `open_votes`.
+        raw: As of `open_votes`.
         skip_bad_rows: Leave bad rows out, listed in the report, instead of failing.
 
     Returns:
@@ -125,84 +112,53 @@ def read_votes(
     Raises:
         ValueError: A file is broken; there is no vote; a row is bad, or every row is.
     """
-    with reading([str(path) for raw in raws for path in raw.paths]):
-        votes = pl.concat(_compared(raw.frame) for raw in raws).collect()
+    with reading(raw.names):
+        votes = raw.frame.collect()
     dropped = {r: int((votes["left_out"] == r).sum()) for r in (NOT_ALTERNATING, OTHER_USER_TURNS)}
-    unreadable = pl.concat([*(raw.rejected for raw in raws), _incomplete(votes)])
+    incomplete = _incomplete(votes)
     rest = votes.filter(pl.col("left_out").is_null() & pl.col("has_vote") & pl.col("has_chats"))
-    num_repaired = sum(raw.num_repaired for raw in raws)
-    if sum(dropped.values()) and rest.is_empty() and unreadable.is_empty():
+    if sum(dropped.values()) and rest.is_empty() and raw.rejected.is_empty() and incomplete.is_empty():
         raise ValueError(
             f"none of the {len(votes):,} votes can be compared: {dropped}; is this the right file?"
         )
-    frame, report = check_rows(
-        rest.select(SCHEMA.names()),
-        rest.select(*PLACES),
-        paths=tuple(path for raw in raws for path in raw.paths),
-        row_unit=" or ".join(sorted({u for raw in raws for u in raw.row_unit.split(" or ")}, reverse=True)),
-        unreadable=unreadable,
-        notes={"with a lone surrogate replaced by U+FFFD": num_repaired} if num_repaired else {},
-        skip_bad_rows=skip_bad_rows,
-    )
-    return frame, replace(report, num_read=report.num_read + sum(dropped.values())), dropped
+    frame, report = check_raw(raw, rest, rejected=incomplete, skip_bad_rows=skip_bad_rows)
+    num_read = report.num_read + sum(dropped.values())
+    return frame.select(SCHEMA.names()), replace(report, num_read=num_read), dropped
 
 
 def first_of_each_prompt(frame: pl.DataFrame) -> pl.DataFrame:
-    """One vote a prompt (all user turns), the first in id order; sorted in that order.
-
-    Id order: whole numbers by value, then all other ids by their letters' code points. "9", "10", "a10", "a9"
-    """
+    """One vote a prompt (all user turns), the first in id order; sorted in that order."""
     keyed = frame.with_columns(prompt_key=stable_key(pl.col("prompt")))
     first = keyed.sort(*id_order()).unique("prompt_key", keep="first", maintain_order=True)
     return first.drop("prompt_key")
 
 
-def id_order() -> tuple[pl.Expr, ...]:
-    """Sort keys of textual ids; ids that differ have another place."""
-    is_number = pl.col("id").str.contains(r"^[0-9]+$")
-    digits = pl.when(is_number).then(pl.col("id").str.strip_chars_start("0"))
-    return ~is_number, digits.str.len_bytes().fill_null(0), digits.fill_null(""), pl.col("id")
-
-
-def _compared(frame: pl.LazyFrame) -> pl.LazyFrame:
-    """`SCHEMA`, `PLACES`, `left_out` (why a vote cannot be compared, or null), `has_vote`, `has_chats`."""
-    if "conversation_a" in frame.collect_schema():
-        frame = frame.with_columns(
-            pl.col("question_id").alias("id"),
-            *(
-                pl.col("winner")
-                .replace_strict(WINNERS, default=None, return_dtype=pl.Int8)
-                .eq(i)
-                .alias(label)
-                for i, label in enumerate(LABELS)
-            ),
-            user_turns("conversation_a").alias("prompt"),
-            assistant_turns("conversation_a").alias("response_a"),
-            assistant_turns("conversation_b").alias("response_b"),
-            found=pl.col("winner"),
-            left_out=_left_out(),
-            has_chats=pl.all_horizontal(pl.col("conversation_a", "conversation_b").is_not_null()),
-        )
-    else:
-        frame = frame.with_columns(
-            found=pl.lit(None, pl.String),
-            left_out=pl.lit(None, pl.String),
-            has_chats=True,
-        )
-    return frame.select(
-        "id",
-        pl.lit(SOURCE).alias("source"),
-        *(pl.when(pl.col(name) != "").then(name).alias(name) for name in ("model_a", "model_b")),
-        *TEXTS,
-        *(pl.col(name).cast(pl.Float32) for name in LABELS),
-        pl.lit(None, pl.Int8).alias("fold"),
-        *PLACES,
-        "left_out",
-        "found",
-        "has_chats",
-        # a vote that is there in part is for check_rows to name
-        has_vote=pl.any_horizontal(pl.col(LABELS).is_not_null()),
+def _from_original(frame: pl.LazyFrame) -> pl.LazyFrame:
+    winner = pl.col("winner").replace_strict(WINNERS, default=None, return_dtype=pl.Int8)
+    named = frame.with_columns(
+        id=pl.col("question_id"),
+        **{label: winner.eq(i) for i, label in enumerate(LABELS)},
+        prompt=user_turns("conversation_a"),
+        response_a=assistant_turns("conversation_a"),
+        response_b=assistant_turns("conversation_b"),
     )
+    return _with_flags(
+        named,
+        left_out=_left_out(),
+        found=pl.col("winner"),
+        has_chats=pl.all_horizontal(pl.col("conversation_a", "conversation_b").is_not_null()),
+    )
+
+
+def _from_deduplicated(frame: pl.LazyFrame) -> pl.LazyFrame:
+    nothing = pl.lit(None, pl.String)
+    return _with_flags(frame, left_out=nothing, found=nothing, has_chats=pl.lit(True))
+
+
+def _with_flags(frame: pl.LazyFrame, **flags: pl.Expr) -> pl.LazyFrame:
+    """What `open_votes` gives: a vote that is there in part counts as one, for `check_rows` to name."""
+    flagged = frame.with_columns(**flags, has_vote=pl.any_horizontal(pl.col(LABELS).is_not_null()))
+    return to_comparisons(flagged, SOURCE, "left_out", "found", "has_chats", "has_vote")
 
 
 def _left_out() -> pl.Expr:

@@ -27,21 +27,22 @@ the scripts that make the listed tables. That goes by prompt and takes out every
 --between-sources where several votes on one prompt should stay.
 """
 
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
 import polars as pl
 
-from common.competition_csv import BadRowError, check_header, parse_texts, read_rows
+from common.competition_files import open_competition, read_competition
 from common.console import cli, say, show_table
 from common.conversations import stable_key
 from common.data_folder import LEAK_COLUMNS, find_tables, is_leak_table
 from common.near_duplicates import jaccard, near_pairs, shingles
-from common.pairs import SCHEMA, check_rows, read_comparisons, write_comparisons
+from common.pairs import SCHEMA, read_comparisons, write_comparisons
+from common.raw_files import fetch
 
 Kind = Literal["fold", "exact", "swapped", "prompt", "near"]
 KINDS: tuple[Kind, ...] = ("fold", "exact", "swapped", "prompt", "near")
@@ -62,7 +63,7 @@ class Args:
     input: tuple[Path, ...] = ()
     """Comparison tables, later ones give way to earlier ones; default: all of artifacts/data/, by name."""
     test: Path | None = None
-    """CSV in the form of the competition's test.csv; default: data/test.csv if it is there."""
+    """File in the form of the competition's test.csv; default: data/test.csv if it is there."""
     near_threshold: float = 0.8
     """Jaccard similarity of shingles, 0.2 to 1, from which prompts are near-duplicates."""
     between_sources: bool = False
@@ -159,25 +160,12 @@ def read_keys(
 
 def read_test(path: Path) -> pl.DataFrame:
     """test.csv as comparisons whose source is the file's name; bad rows are left out and counted."""
-    columns: dict[str, list] = {name: [] for name in SCHEMA}
-    num_bad = 0
-    with closing(read_rows(path)) as rows:
-        _, header = next(rows, (1, []))
-        check_header(header, path)
-        for _, cells in rows:
-            try:
-                texts, _ = parse_texts(header, cells)
-            except BadRowError:
-                num_bad += 1
-                continue
-            row = {"id": cells[header.index("id")], "source": path.name, **texts}
-            for name, values in columns.items():
-                values.append(row.get(name))
-    frame = pl.DataFrame(columns, schema=SCHEMA)
-    places = pl.select(file=pl.lit(str(path)), row=pl.int_range(len(frame)))
-    frame, report = check_rows(frame, places, paths=(path,), skip_bad_rows=True)
-    if num_bad := num_bad + len(report.rejected):
-        say(f"{path}: {num_bad:,} bad rows are left out")
+    with TemporaryDirectory() as scratch:
+        files = fetch([str(path)], Path(scratch))
+        raw = open_competition(files, path.name, Path(scratch))
+        frame, report = read_competition(raw, skip_bad_rows=True)
+    if len(report.rejected):
+        say(f"{path}: {len(report.rejected):,} bad rows are left out")
     return frame
 
 

@@ -11,18 +11,18 @@ paired off two by two, and an odd one is left over. Which one stays, who is its 
 from hashes of ids and the seed: order of rows and files, threads and processes have no say.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import polars as pl
 
-from common.console import cli, say
+from common.console import cli
 from common.conversations import MESSAGES, alternates, assistant_turns, seeded_order, stable_key, user_turns
 from common.data_manifest import is_made, made_of, write_made
+from common.exclude import exclude_hashes, prompt_keys
 from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, refuse_bad_rows
-from common.raw_files import Raw, open_raw, reading
+from common.raw_files import Raw, fetch, open_raw, reading
 
 SOURCE = "lmsys1m"
 FOLDER = Path("data/lmsys-chat-1m")
@@ -58,19 +58,15 @@ class Args:
 def main(args: Args) -> None:
     names = args.input or (str(FOLDER) if FOLDER.is_dir() else HUB_ID,)
     with TemporaryDirectory(prefix="lmsys1m-") as scratch:
-        raw = open_raw(names, INPUT_SCHEMA, Path(scratch))
-        others = open_excluded(args.exclude, Path(scratch))
-        exclude = sorted(str(one["sha256"]) for one in others.inputs) if others else []
-        parameters = {"seed": args.seed, "exclude": exclude}
-        wanted = made_of(raw.inputs, parameters, [Path(__file__)])
-        if is_made(args.output, wanted, overwrite=args.overwrite):
-            say(f"{args.output} is up to date")
+        files = fetch(names, Path(scratch))
+        parameters = {"seed": args.seed, "exclude": exclude_hashes(args.exclude)}
+        wanted = made_of(files, parameters, [Path(__file__)])
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
+        raw = open_raw(files, INPUT_SCHEMA, Path(scratch))
         with reading(names):
             light, report = read_light(raw, skip_bad_rows=args.skip_bad_rows)
-        with reading([str(path) for path in args.exclude]):
-            excluded = prompt_keys(others.frame if others else None)
-        chosen, dropped = choose_pairs(light, excluded, seed=args.seed)
+        chosen, dropped = choose_pairs(light, prompt_keys(args.exclude), seed=args.seed)
         del light
         if chosen.is_empty():
             counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
@@ -80,16 +76,6 @@ def main(args: Args) -> None:
         with reading(names):
             frame = gather(raw.frame, chosen, Path(scratch))
     write_made(args.output, frame, report, wanted=wanted, dropped=dropped)
-
-
-def open_excluded(paths: Sequence[Path], scratch: Path) -> Raw | None:
-    """The prompts of comparison files, not read yet; none without files."""
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(
-                f"--exclude {path} is not a file; expected a comparison Parquet (just prep makes them)"
-            )
-    return open_raw([str(path) for path in paths], {"prompt": SCHEMA["prompt"]}, scratch) if paths else None
 
 
 def read_light(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, ReadReport]:
@@ -115,18 +101,17 @@ def read_light(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, 
     light = rows.collect(engine="streaming")
     bad = find_bad(light)
     rejected = pl.concat([with_places(raw.frame, bad), raw.rejected])
-    files = ", ".join(map(str, raw.paths))
-    rank = {str(path): i for i, path in enumerate(raw.paths)}
+    rank = {name: i for i, name in enumerate(raw.names)}
     report = ReadReport(
-        paths=raw.paths,
+        paths=tuple(map(Path, raw.names)),
         num_read=len(light) + len(raw.rejected),
         num_kept=len(light) - len(bad),
         rejected=rejected.sort(pl.col("file").replace_strict(rank, return_dtype=pl.Int64), "row"),
-        notes={"with a lone surrogate replaced by U+FFFD": raw.num_repaired} if raw.num_repaired else {},
+        notes=raw.notes,
         row_unit=raw.row_unit,
     )
     if not report.num_read:
-        raise ValueError(f"{files}: no conversation in it; expected at least one")
+        raise ValueError(f"{', '.join(raw.names)}: no conversation in it; expected at least one")
     refuse_bad_rows(report, skip_bad_rows=skip_bad_rows)
     good = light.join(bad, on="index", how="anti", maintain_order="left") if len(bad) else light
     return good.drop("is_absent"), report
@@ -186,14 +171,6 @@ def with_places(frame: pl.LazyFrame, bad: pl.DataFrame) -> pl.DataFrame:
     rows = frame.with_row_index("index").select("index", "file", "row", id="conversation_id")
     found = rows.join(bad.lazy(), on="index", build_side="force_right").select(REJECTED_SCHEMA.names())
     return found.collect(engine="streaming").cast(REJECTED_SCHEMA)
-
-
-def prompt_keys(frame: pl.LazyFrame | None) -> pl.Series:
-    """The different keys of the prompts of comparisons."""
-    if frame is None:
-        return pl.Series("prompt_key", [], dtype=pl.Binary)
-    keys = frame.select(prompt_key=stable_key(pl.col("prompt"))).collect(engine="streaming")
-    return keys["prompt_key"].drop_nulls().unique()
 
 
 def choose_pairs(

@@ -5,8 +5,9 @@ Out   artifacts/data/preference_sets.parquet (`common.pairs.SCHEMA`, score_a, sc
 Run   python data_prep/preference_sets.py      (about 130,000 pairs: a few minutes)
       python data_prep/preference_sets.py --input data/capybara.parquet mine=data/train-00000.parquet
 
-Which answer becomes A is drawn from a hash of content and seed, so it depends on no row order. The sets' own
-votes are kept (chosen wins); stage 2 trains on pseudo labels instead.
+User turns form the prompt, assistant turns the two answers; a system message before them is left out, as the
+competition's comparisons have none. Which answer becomes A is drawn from a hash of content and seed, so it
+depends on no row order. The sets' own votes are kept (chosen wins); stage 2 trains on pseudo labels instead.
 """
 
 import re
@@ -24,13 +25,14 @@ from common.conversations import (
     assistant_turns,
     seeded_order,
     stable_key,
+    system_message,
     user_turns,
+    without_system,
 )
 from common.data_manifest import is_made, made_of, write_made
-from common.files import file_hash
-from common.inputs import without_prompts_of
-from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport, check_rows
-from common.raw_files import PLACES, Raw, open_raw, reading
+from common.exclude import exclude_hashes, without_prompts
+from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport
+from common.raw_files import PLACES, Raw, RawFile, check_raw, fetch, merge, open_raw, reading
 
 SOURCES = {
     "capybara": "argilla/Capybara-Preferences",  # *_rating (whole), *_model; several turns
@@ -48,6 +50,7 @@ SCHEMA_IN = {
 }
 ENDINGS = ("", ".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 NOT_ALTERNATING = "a chat does not go user, assistant, user, ..., assistant"
+OTHER_SYSTEM = "system messages differ between chosen and rejected"
 OTHER_USER_TURNS = "user turns differ between chosen and rejected"
 IDENTICAL = "identical answers"
 REPEATED = "exact repeat"
@@ -78,22 +81,20 @@ class Args:
 
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        raws = open_sets(args.input or default_inputs(Path("data")), Path(folder))
-        inputs = [one for _, raw in raws for one in raw.inputs]
+        sets = fetch_sets(args.input or default_inputs(Path("data")), Path(folder))
         parameters = {
             "seed": args.seed,
-            "sources": sorted([source, str(one["sha256"])] for source, raw in raws for one in raw.inputs),
-            "exclude": sorted(file_hash(path) for path in args.exclude),
+            "sources": sorted([source, str(file.describe()["sha256"])] for source, file in sets),
+            "exclude": exclude_hashes(args.exclude),
         }
-        wanted = made_of(inputs, parameters, [Path(__file__)])
-        if is_made(args.output, wanted, overwrite=args.overwrite):
-            say(f"{args.output} is up to date")
+        wanted = made_of([file for _, file in sets], parameters, [Path(__file__)])
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
-        frame, report, dropped = read_sets(raws, seed=args.seed, skip_bad_rows=args.skip_bad_rows)
-    table = without_prompts_of(frame, args.exclude)
-    dropped |= {"prompt stands in --exclude": len(frame) - len(table)} if args.exclude else {}
+        raw = open_sets(sets, Path(folder))
+        frame, report, dropped = read_sets(raw, seed=args.seed, skip_bad_rows=args.skip_bad_rows)
+    table, excluded = without_prompts(frame, args.exclude)
     say(str(report))
-    write_made(args.output, table, report, wanted=wanted, dropped=dropped)
+    write_made(args.output, table, report, wanted=wanted, dropped=dropped | excluded)
 
 
 def default_inputs(data: Path) -> tuple[str, ...]:
@@ -118,30 +119,48 @@ def source_of(name: str) -> tuple[str, str]:
     return next((short for short, hub in SOURCES.items() if hub.split("/")[1] == stem), stem), name
 
 
-def open_sets(inputs: Sequence[str], scratch: Path) -> list[tuple[str, Raw]]:
-    """(source, what it holds) of each input.
+def fetch_sets(inputs: Sequence[str], scratch: Path) -> list[tuple[str, RawFile]]:
+    """(source, file) of each file of each input.
 
     Args:
         inputs: As `Args.input`.
         scratch: Existing folder for temporary files.
 
     Raises:
-        ValueError: An input is not there or cannot be read.
+        ValueError: An input is not there.
     """
-    raws = []
+    found = []
     for i, (source, name) in enumerate(map(source_of, inputs)):
-        (scratch / str(i)).mkdir()
-        raws.append((source, open_raw([name], SCHEMA_IN, scratch / str(i))))
-    return raws
+        (scratch / f"fetched-{i}").mkdir()
+        found += [(source, file) for file in fetch([name], scratch / f"fetched-{i}")]
+    return found
+
+
+def open_sets(sets: Sequence[tuple[str, RawFile]], scratch: Path) -> Raw:
+    """Opens preference sets.
+
+    Args:
+        sets: As of `fetch_sets`.
+        scratch: Existing folder for temporary files.
+
+    Returns:
+        Prompt, both answers, scores, models, id, source, `PLACES`, `left_out` (why a row cannot be compared,
+        or null) and flags.
+
+    Raises:
+        ValueError: A file cannot be read, or lacks a column or has it in another type.
+    """
+    raws = [open_raw([file], SCHEMA_IN, scratch / f"set-{i}") for i, (_, file) in enumerate(sets)]
+    return merge(raws, [_compared(raw.frame, source) for raw, (source, _) in zip(raws, sets, strict=True)])
 
 
 def read_sets(
-    raws: Sequence[tuple[str, Raw]], *, seed: int, skip_bad_rows: bool = False
+    raw: Raw, *, seed: int, skip_bad_rows: bool = False
 ) -> tuple[pl.DataFrame, ReadReport, dict[str, int]]:
     """Reads preference sets.
 
     Args:
-        raws: As of `open_sets`.
+        raw: As of `open_sets`.
         seed: Of the draw which answer becomes A.
         skip_bad_rows: Leave bad rows out, listed in the report, instead of failing.
 
@@ -152,32 +171,28 @@ def read_sets(
     Raises:
         ValueError: A file is broken; there is no row; a row is bad, or no row is good.
     """
-    paths = tuple(path for _, raw in raws for path in raw.paths)
-    with reading([str(path) for path in paths]):
-        rows = pl.concat(_compared(raw.frame, source) for source, raw in raws).collect()
-    unreadable = pl.concat([*(raw.rejected for _, raw in raws), _without_chat(rows)])
+    with reading(raw.names):
+        rows = raw.frame.collect()
+    without_chat = _without_chat(rows)
     rest = rows.filter(pl.col("left_out").is_null() & pl.col("has_chats"))
-    whole = _first_of_repeats(rest)
+    different = _first_of_repeats(rest)
+    reasons = (NOT_ALTERNATING, OTHER_SYSTEM, OTHER_USER_TURNS, IDENTICAL)
     dropped = {
-        **{r: int((rows["left_out"] == r).sum()) for r in (NOT_ALTERNATING, OTHER_USER_TURNS, IDENTICAL)},
-        REPEATED: len(rest) - len(whole),
+        **{reason: int((rows["left_out"] == reason).sum()) for reason in reasons},
+        REPEATED: len(rest) - len(different),
     }
-    if whole.is_empty() and unreadable.is_empty() and len(rows):
+    if different.is_empty() and raw.rejected.is_empty() and without_chat.is_empty() and len(rows):
         raise ValueError(
             f"none of the {len(rows):,} rows can be compared: {dropped}; are these the right files?"
         )
     notes = {
-        "with a lone surrogate replaced by U+FFFD": sum(raw.num_repaired for _, raw in raws),
-        "with earlier answers that differ": int(whole["earlier_differs"].sum()),
+        "with earlier answers that differ": int(different["earlier_differs"].sum()),
+        "with a system message, which is left out": int(different["has_system"].sum()),
     }
-    frame, report = check_rows(
-        _with_sides(whole, seed),
-        whole.select(*PLACES),
-        paths=paths,
-        row_unit=" or ".join(
-            sorted({u for _, raw in raws for u in raw.row_unit.split(" or ")}, reverse=True)
-        ),
-        unreadable=unreadable,
+    frame, report = check_raw(
+        raw,
+        _with_sides(different, seed),
+        rejected=without_chat,
         notes={note: count for note, count in notes.items() if count},
         skip_bad_rows=skip_bad_rows,
     )
@@ -185,8 +200,12 @@ def read_sets(
 
 
 def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
-    """Prompt, both answers, scores, models, id, `PLACES`, and `left_out` (why not comparable, or null)."""
+    """What `open_sets` gives."""
     sides = ("chosen", "rejected")
+    frame = frame.with_columns(
+        *(without_system(side).alias(side) for side in sides),
+        *(system_message(side).alias(f"{side}_system") for side in sides),
+    )
     has_chats = pl.all_horizontal(pl.col(sides).is_not_null())
     prompts, answers = (
         [stable_key(turns(side)) for side in sides] for turns in (user_turns, assistant_turns)
@@ -194,6 +213,8 @@ def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
     left_out = (
         pl.when(has_chats & ~pl.all_horizontal(map(alternates, sides)))
         .then(pl.lit(NOT_ALTERNATING))
+        .when(has_chats & pl.col("chosen_system").ne_missing(pl.col("rejected_system")))
+        .then(pl.lit(OTHER_SYSTEM))
         .when(has_chats & (prompts[0] != prompts[1]))
         .then(pl.lit(OTHER_USER_TURNS))
         .when(has_chats & (answers[0] == answers[1]))
@@ -212,6 +233,7 @@ def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
         ),
         has_chats=has_chats,
         left_out=left_out,
+        has_system=pl.col("chosen_system").is_not_null(),
         earlier_differs=earlier[0] != earlier[1],
         id=stable_key(pl.concat_list(key.bin.encode("hex") for key in (prompts[0], *answers))).bin.encode(
             "hex"
@@ -226,7 +248,7 @@ def _first_of_repeats(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def _with_sides(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
-    """`SCHEMA`, score_a, score_b: chosen is A where the first bit of a hash of seed and id is 0."""
+    """`SCHEMA`, score_a, score_b, `PLACES`: chosen is A where the first bit of a hash of seed and id is 0."""
     digit = seeded_order(seed, "id").bin.encode("hex").str.slice(0, 1)
     rows = rows.with_columns(chosen_is_a=digit.is_in(list("01234567")))
 
@@ -247,7 +269,8 @@ def _with_sides(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
         **columns,
         **{label: vote.cast(pl.Float32) for label, vote in zip(LABELS, votes, strict=True)},
         fold=pl.lit(None, pl.Int8),
-    ).select(*SCHEMA.names(), "score_a", "score_b")
+        **{name: pl.col(name) for name in PLACES},
+    ).select(*SCHEMA.names(), "score_a", "score_b", *PLACES)
 
 
 def _without_chat(rows: pl.DataFrame) -> pl.DataFrame:

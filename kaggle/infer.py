@@ -26,7 +26,7 @@ import polars as pl
 import torch
 
 from common.batching import length_sorted_micro_batches, pack
-from common.competition_csv import BadRowError, check_header, parse_texts, read_rows
+from common.competition_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
 from common.console import clear_errors, progress, say, show_table
 from common.files import read_json
 from common.metrics import mirror, rescale
@@ -86,14 +86,16 @@ def read_test(path: Path) -> TestSet:
     """Reads test.csv; a row that is no comparison stays, with the reason.
 
     Raises:
-        ValueError: The file is absent, empty, cut off, not UTF-8, or lacks a column.
+        ValueError: The file is absent, empty, cut off within a quote, or lacks a column.
     """
     test = TestSet([], [], [])
     with closing(read_rows(path)) as rows:
         _, header = next(rows, (1, []))
         check_header(header, path)
         id_column = header.index("id")
-        for _, cells in rows:
+        for line, cells in rows:
+            if isinstance(cells, BadRowError):  # whose ids cannot be known, nor answered
+                raise ValueError(f"{path} line {line}: {': '.join(cells.args)} Get it again")
             comparison, reason = None, None
             try:
                 texts, _ = parse_texts(header, cells)
@@ -105,7 +107,8 @@ def read_test(path: Path) -> TestSet:
                     comparison, reason = None, "no turns"
             except BadRowError as bad:
                 reason = bad.args[0]
-            test.ids.append(cells[id_column] if id_column < len(cells) else "")
+            key = cells[id_column] if id_column < len(cells) else ""
+            test.ids.append(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", key))  # no CSV holds half of one
             test.comparisons.append(comparison)
             test.reasons.append(reason)
     if not test.ids:

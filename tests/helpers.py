@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import polars as pl
 import torch
@@ -17,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.competition_files import open_competition, read_competition
 from common.pairs import SCHEMA
+from common.raw_files import fetch
 from data_prep.demo_arena import (
     GEMMA_CONTROL,
     GEMMA_TEMPLATE,
@@ -105,6 +108,13 @@ def make_comparisons(
             (f"{seed}-{i}", source, "m1", "m2", prompt, first, second, *labels, i % 5 if labelled else None)
         )
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+
+
+def read_competition_file(path: Path, *, source: str = "arena55k", skip_bad_rows: bool = False):
+    """Comparisons and report of one file in the competition's columns."""
+    with TemporaryDirectory() as scratch:
+        files = fetch([str(path)], Path(scratch))
+        return read_competition(open_competition(files, source, Path(scratch)), skip_bad_rows=skip_bad_rows)
 
 
 def run_script(

@@ -6,8 +6,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from common.data_manifest import describe_file, is_made, made_of, manifest_path, write_made
+from common.data_manifest import is_made, made_of, manifest_path, write_made
 from common.pairs import REJECTED_SCHEMA, SCHEMA, ReadReport
+from common.raw_files import RawFile
 
 TABLE = pl.DataFrame(
     [["1", "s", None, None, ["p"], ["a"], ["b"], 1.0, 0.0, 0.0, None]], schema=SCHEMA, orient="row"
@@ -16,7 +17,7 @@ TABLE = pl.DataFrame(
 
 def wanted(folder: Path, text: str = "raw", **parameters: object) -> dict:
     (folder / "raw.csv").write_text(text)
-    return made_of([describe_file(folder / "raw.csv")], parameters, [Path(__file__)])
+    return made_of([RawFile("raw.csv", folder / "raw.csv")], parameters, [Path(__file__)])
 
 
 def written(folder: Path, rejected: int = 0) -> Path:
@@ -25,6 +26,10 @@ def written(folder: Path, rejected: int = 0) -> Path:
     report = ReadReport(paths=(Path("raw.csv"),), num_read=3 + rejected, num_kept=3, rejected=bad)
     write_made(folder / "x.parquet", TABLE, report, wanted=wanted(folder, seed=1), dropped={"repeat": 2})
     return folder / "x.parquet"
+
+
+def made(output: Path, wanted: dict, *, overwrite: bool = False, skip_bad_rows: bool = False) -> bool:
+    return is_made(output, wanted, overwrite=overwrite, skip_bad_rows=skip_bad_rows)
 
 
 def test_counts_add_up_and_rejected_rows_come_and_go(tmp_path, capsys):
@@ -39,23 +44,25 @@ def test_counts_add_up_and_rejected_rows_come_and_go(tmp_path, capsys):
 
 def test_only_the_same_bytes_and_flags_are_up_to_date(tmp_path):
     output = tmp_path / "x.parquet"
-    assert not is_made(output, wanted(tmp_path, seed=1), overwrite=False)
+    assert not made(output, wanted(tmp_path, seed=1))
     written(tmp_path)
     renamed = wanted(tmp_path, seed=1)
     renamed["inputs"][0]["name"] = "elsewhere.csv"
-    assert is_made(output, renamed, overwrite=False)
+    assert made(output, renamed)
     for other, message in (
         (wanted(tmp_path, seed=2), "parameters"),
         (wanted(tmp_path, "other", seed=1), "inputs"),
     ):
         with pytest.raises(ValueError, match=f"made with {message} .*--overwrite"):
-            is_made(output, other, overwrite=False)
-        assert not is_made(output, other, overwrite=True)
+            made(output, other)
+        assert not made(output, other, overwrite=True)
 
 
 def test_other_code_makes_it_again_without_asking(tmp_path):
     output = written(tmp_path)
-    assert not is_made(output, {**wanted(tmp_path, seed=1), "code_sha256": "new"}, overwrite=False)
+    assert not made(
+        output, {**wanted(tmp_path, seed=1), "code_sha256": "new"}, overwrite=False, skip_bad_rows=False
+    )
 
 
 @pytest.mark.parametrize("damage", ["table", "manifest", "json", "fields"])
@@ -68,8 +75,8 @@ def test_what_was_changed_by_hand_is_replaced_only_when_told(tmp_path, damage):
     else:
         manifest_path(output).write_text({"json": "{", "fields": '{"inputs": [1]}'}[damage])
     with pytest.raises(ValueError, match="--overwrite"):
-        is_made(output, wanted(tmp_path, seed=1), overwrite=False)
-    assert not is_made(output, wanted(tmp_path, seed=1), overwrite=True)
+        made(output, wanted(tmp_path, seed=1))
+    assert not made(output, wanted(tmp_path, seed=1), overwrite=True)
 
 
 def test_a_table_without_a_row_is_refused_and_nothing_written(tmp_path):
@@ -77,3 +84,38 @@ def test_a_table_without_a_row_is_refused_and_nothing_written(tmp_path):
     with pytest.raises(ValueError, match=r"no comparison is left for .*2 rows read, repeat 2"):
         write_made(tmp_path / "x.parquet", TABLE.clear(), report, wanted={}, dropped={"repeat": 2})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_made_without_bad_rows_is_up_to_date_only_where_they_may_be_skipped(tmp_path):
+    output = written(tmp_path, rejected=2)
+    assert made(output, wanted(tmp_path, seed=1), skip_bad_rows=True)
+    with pytest.raises(ValueError, match="made without 2 bad rows; pass --skip-bad-rows"):
+        made(output, wanted(tmp_path, seed=1))
+    written(tmp_path)
+    assert made(output, wanted(tmp_path, seed=1)) and made(
+        output, wanted(tmp_path, seed=1), skip_bad_rows=True
+    )
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_killed_between_manifest_and_table_the_next_run_goes_on_unasked(tmp_path, monkeypatch, old, capsys):
+    output = tmp_path / "x.parquet"
+    if old:
+        written(tmp_path)
+        before = output.read_bytes()
+        monkeypatch.setattr(f"{__name__}.TABLE", TABLE.with_columns(id=pl.lit("2")))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def killed(self: Path, target: Path) -> None:
+            if Path(target) == output:
+                raise KeyboardInterrupt
+            self.rename(target)
+
+        patch.setattr(Path, "replace", killed)
+        written(tmp_path)
+    assert manifest_path(output).exists()
+    assert output.read_bytes() == before if old else not output.exists()
+    assert not made(output, wanted(tmp_path, seed=1))
+    assert ("writing it was interrupted: making it again" in capsys.readouterr().out) == old
+    written(tmp_path)
+    assert made(output, wanted(tmp_path, seed=1))

@@ -110,11 +110,6 @@ def test_files_are_read_in_the_order_given_with_their_further_columns(tmp_path):
     assert report.paths == (first, second)
 
 
-def test_metadata_travels_in_the_file(tmp_path):
-    write_comparisons(table({}), tmp_path / "x.parquet", metadata={"scikit_learn": "1.9"})
-    assert pl.read_parquet_metadata(tmp_path / "x.parquet")["scikit_learn"] == "1.9"
-
-
 def test_the_report_counts_what_is_worth_knowing(tmp_path):
     same = {"prompt": ["p"], "response_a": [None], "response_b": [None]}
     plain = {"prompt": ["p"], "response_a": ["a"], "response_b": ["b"]}

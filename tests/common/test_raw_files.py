@@ -9,7 +9,7 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from common.raw_files import column_names, open_raw
+from common.raw_files import RawFile, column_names, fetch, open_raw
 
 SCHEMA = {"id": pl.String(), "turns": pl.List(pl.String()), "score?": pl.Float64()}
 ROWS = [
@@ -21,7 +21,7 @@ ROWS = [
 def opened(path: Path | str, tmp_path: Path):
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
-    raw = open_raw([str(path)], SCHEMA, scratch)
+    raw = open_raw(fetch([str(path)], scratch), SCHEMA, scratch)
     return raw.frame.collect(), raw
 
 
@@ -51,10 +51,38 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert frame.drop("file", "row").rows(named=True) == ROWS, path
         assert frame["file"].to_list() == [str(path)] * 2
         assert raw.rejected.is_empty()
-        assert {"id", "turns", "score"} <= set(column_names(path))
+        assert {"id", "turns", "score"} <= set(column_names(RawFile(str(path), path)))
     frame, raw = opened(tmp_path / "in", tmp_path)
-    assert raw.paths == (tmp_path / "in" / "a.parquet",), "of a folder, the Parquets"
+    assert raw.names == (str(tmp_path / "in" / "a.parquet"),), "of a folder, the Parquets"
     assert raw.row_unit == "row"
+
+
+def test_texts_that_hold_json_are_lists_wherever_they_stand(tmp_path):
+    """A CSV becomes a Parquet of texts on the hub."""
+    rows = [{**row, "turns": json.dumps(row["turns"])} for row in ROWS]
+    pl.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    for name, first in (("a.parquet", 0), ("a.jsonl", 1)):
+        frame, raw = opened(tmp_path / name, tmp_path)
+        assert frame.drop("file", "row").rows(named=True) == ROWS
+        assert frame["row"].to_list() == [first, first + 1]
+        assert raw.rejected.is_empty()
+    pl.DataFrame([*rows, {**rows[0], "turns": "no JSON"}]).write_parquet(tmp_path / "a.parquet")
+    _, raw = opened(tmp_path / "a.parquet", tmp_path)
+    assert raw.rejected.select("row", "id", "reason").rows() == [(2, "4294899228", "malformed JSON")]
+
+
+def test_rows_that_are_not_utf8_or_have_broken_quotes_are_rejected_one_by_one(tmp_path):
+    text = 'id,turns\n1,[]\ncaf\xe9,[]\n3,"[]"x\n4,[]\n5,"[\n6,[]\n'
+    (tmp_path / "a.csv").write_bytes(text.encode("latin-1"))
+    frame, raw = opened(tmp_path / "a.csv", tmp_path)
+    assert frame["id"].to_list() == ["1", "4"]
+    assert raw.rejected.select("row", "reason").rows() == [
+        (3, "not UTF-8"),
+        (4, "broken quotes"),
+        (6, "broken quotes"),
+    ]
+    assert "up to line 7" in raw.rejected["detail"][2]
 
 
 def test_train_files_of_a_folder_win_and_an_empty_folder_is_refused(tmp_path):
@@ -86,7 +114,9 @@ def test_lone_surrogates_are_replaced_and_counted(tmp_path):
         (b'{"id": "1", "turns": ["a"', "malformed JSON"),
         (b'["a"]', "no JSON object"),
         (b'{"id": "1", "\\ud800": 1}', "missing field"),
-        (b'{"id": "\\ud800", "turns": "a"}', "wrong type"),
+        (b'{"id": "\\ud800", "turns": "a"}', "malformed JSON"),
+        (b'{"id": "1", "turns": "{}"}', "wrong type"),
+        (b'{"id": "1", "turns": "null"}', "wrong type"),
         (b'{"id": "1", "turns": [1]}', "wrong type"),
         (b'{"id": true, "turns": []}', "wrong type"),
         (b'{"id": "1", "turns": [], "score": Infinity}', "wrong type"),
@@ -107,6 +137,7 @@ def test_bad_cells_of_a_csv_are_rejected_with_their_line(tmp_path):
     frame, raw = opened(tmp_path / "a.csv", tmp_path)
     assert frame["id"].to_list() == ["1"]
     assert raw.rejected["row"].to_list() == [3, 4, 5, 6]
+    assert raw.rejected["id"].to_list() == ["2", "3", "4", "5"]
     assert raw.rejected["reason"].to_list() == [
         "malformed JSON",
         "wrong type",
@@ -125,8 +156,8 @@ def test_bad_cells_of_a_csv_are_rejected_with_their_line(tmp_path):
         ("a.jsonl.gz", gzip.compress(lines(ROWS * 500))[:-30], "is it cut off"),
         ("a.csv.gz", b"no gzip", "is it cut off"),
         ("a.jsonl.zst", pa.compress(lines(ROWS * 500), codec="zstd", asbytes=True)[:-9], "is it cut off"),
-        ("a.csv", b'id,turns\n1,[]\n2,"[', "Is the file cut off"),
-        ("a.csv", b"id,turns\n1,[]\ncaf\xe9,[]\n", "is not UTF-8"),
+        ("a.csv", b'"id,turns\n1,[]\n', "Is the file cut off"),
+        ("a.csv", b"id,turns,caf\xe9\n1,[],1\n", "is not UTF-8"),
         ("a.csv", b"id\n1\n", "lacks the column turns; found id"),
         ("a.csv", b"id,id,turns\n1,1,[]\n", "has id more than once"),
     ],
@@ -148,7 +179,7 @@ def test_every_cut_of_a_parquet_is_refused(tmp_path):
             opened(tmp_path / "cut.parquet", tmp_path)
 
 
-@pytest.mark.parametrize("turns", [["text"], [1], [[1]]])
+@pytest.mark.parametrize("turns", [[{"a": "b"}], [1], [[1]]])
 def test_a_column_of_another_type_names_both(tmp_path, turns):
     pl.DataFrame({"id": ["1"], "turns": turns}).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"column turns is .*, expected List\(String\)"):
@@ -157,6 +188,7 @@ def test_a_column_of_another_type_names_both(tmp_path, turns):
 
 def test_no_input_and_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="no input was given"):
-        open_raw([], SCHEMA, tmp_path)
-    with pytest.raises(ValueError, match="does not exist; expected a file, or a hub id"):
-        opened(tmp_path / "absent.csv", tmp_path)
+        fetch([], tmp_path)
+    for name in (str(tmp_path / "absent.csv"), "data/absent.jsonl.gz"):  # no hub id, though it looks like one
+        with pytest.raises(ValueError, match="does not exist; expected a file, a folder or a hub id"):
+            opened(name, tmp_path)

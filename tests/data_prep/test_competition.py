@@ -10,12 +10,13 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from helpers import read_competition_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.files import read_json
 from common.pairs import LABELS, SCHEMA, content_hashes, labels_array, read_comparisons
-from data_prep.competition import Args, main, read_competition_csv, with_folds
+from data_prep.competition import Args, main, with_folds
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "arena_1000"
@@ -46,6 +47,10 @@ def write_csv(path: Path, rows: list[dict[str, str]], header: tuple[str, ...] = 
     return path
 
 
+def arguments(source: Path, output: Path, **changes: object) -> Args:
+    return Args(input=(str(source),), output=output, **changes)
+
+
 def votes(num_rows: int, num_prompts: int) -> list[dict[str, str]]:
     """Rows whose prompts repeat, with about as many of each vote."""
     return [
@@ -60,7 +65,7 @@ def votes(num_rows: int, num_prompts: int) -> list[dict[str, str]]:
 
 @needs_real_rows
 def test_the_thousand_real_votes():
-    frame, report = read_competition_csv(REAL / "train.csv")
+    frame, report = read_competition_file(REAL / "train.csv")
     assert frame.schema == SCHEMA
     assert (report.num_read, report.num_kept, len(report.rejected)) == (1000, 1000, 0)
     assert labels_array(frame).mean(axis=0) == pytest.approx([0.352, 0.353, 0.295])
@@ -81,7 +86,7 @@ def test_the_thousand_real_votes():
 
 @needs_real_rows
 def test_the_real_test_rows_have_neither_votes_nor_models():
-    frame, report = read_competition_csv(REAL / "test.csv")
+    frame, report = read_competition_file(REAL / "test.csv")
     assert frame.schema == SCHEMA
     assert frame["id"].to_list() == ["136060", "211333", "1233961"]
     assert frame.select(pl.col("model_a", "model_b", "fold", *LABELS).null_count().sum()).row(0) == (3,) * 6
@@ -90,7 +95,7 @@ def test_the_real_test_rows_have_neither_votes_nor_models():
 
 @needs_real_rows
 def test_the_real_votes_fold_by_prompt_and_by_vote():
-    frame = with_folds(read_competition_csv(REAL / "train.csv")[0], num_folds=5)
+    frame = with_folds(read_competition_file(REAL / "train.csv")[0], num_folds=5)
     sizes = Counter(frame["fold"])
     assert sorted(sizes) == [0, 1, 2, 3, 4]
     assert max(sizes.values()) - min(sizes.values()) <= 10
@@ -111,26 +116,27 @@ def test_texts_are_kept_as_they_are(tmp_path):
         "response_a": cells,
         "response_b": cells,
     }
-    frame, _ = read_competition_csv(write_csv(tmp_path / "x.csv", [row(**changes)]))
+    frame, _ = read_competition_file(write_csv(tmp_path / "x.csv", [row(**changes)]))
     found = frame.row(0, named=True)
     assert found["prompt"] == found["response_a"] == found["response_b"] == turns
     assert (found["id"], found["model_a"], found["model_b"]) == ("007", "nan", "a\r\nb")
     assert found["source"] == "arena55k"
 
 
-def test_a_byte_order_mark_blank_lines_and_further_columns_are_no_obstacle(tmp_path):
+def test_a_byte_order_mark_blank_lines_and_further_columns_are_no_obstacle(tmp_path, capsys):
     path = write_csv(tmp_path / "x.csv", [row(fold="9")], (*HEADER, "fold"))
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes() + b"\r\n\r\n")
-    frame, report = read_competition_csv(path)
+    frame, report = read_competition_file(path)
     assert frame["id"].to_list() == [GOOD["id"]]
     assert frame["fold"].to_list() == [None]
-    assert report.notes == {"column not used: fold": 1}
+    assert not report.notes
+    assert f"{path}: not used: fold" in capsys.readouterr().out
 
 
 def test_soft_labels_and_rows_without_a_vote(tmp_path):
     soft = dict(zip(LABELS, ("0.25", ".5", "2.5e-1"), strict=True))
     path = write_csv(tmp_path / "x.csv", [row(id="1", **soft), row(id="2", **dict.fromkeys(LABELS, ""))])
-    frame, report = read_competition_csv(path, source="mine")
+    frame, report = read_competition_file(path, source="mine")
     assert labels_array(frame)[0].tolist() == [0.25, 0.5, 0.25]
     assert frame.select(LABELS).row(1) == (None, None, None)
     assert report.notes == {"without a label": 1}
@@ -143,8 +149,8 @@ def test_lone_surrogates_are_replaced_and_counted_and_pairs_are_joined(tmp_path)
         "response_a": r'["a\ud83dz\ude00"]',
         "response_b": r'["\udead"]',
     }
-    frame, report = read_competition_csv(write_csv(tmp_path / "x.csv", [row(**changes), row(id="2")]))
-    texts = frame.select("prompt", "response_a", "response_b").row(0)
+    frame, report = read_competition_file(write_csv(tmp_path / "x.csv", [row(**changes), row(id="2")]))
+    texts = frame.filter(id=GOOD["id"]).select("prompt", "response_a", "response_b").row(0)
     assert texts == (["\U0001f600"], ["a\ufffdz\ufffd"], ["\ufffd"])
     assert report.notes["with a lone surrogate replaced by U+FFFD"] == 1
 
@@ -170,7 +176,7 @@ def test_any_text_survives_the_csv(tmp_path_factory, content, line_end, quoting)
         writer = csv.writer(file, lineterminator=line_end, quoting=quoting)
         writer.writerow(TEST_HEADER)
         writer.writerows([i, *map(json.dumps, texts)] for i, texts in enumerate(content))
-    frame, _ = read_competition_csv(path)
+    frame, _ = read_competition_file(path)
     assert frame["id"].to_list() == [str(i) for i in range(len(content))]
     found = frame.select("prompt", "response_a", "response_b").rows()
     assert found == [tuple(map(repaired, texts)) for texts in content]
@@ -186,7 +192,7 @@ def test_unescaped_unicode_reads_like_escaped(tmp_path_factory, content):
         path = write_csv(
             folder / f"{ensure_ascii}.csv", [dict(zip(TEST_HEADER, ("1", *cells), strict=True))], TEST_HEADER
         )
-        hashes.append(content_hashes(read_competition_csv(path)[0]).to_list())
+        hashes.append(content_hashes(read_competition_file(path)[0]).to_list())
     assert hashes[0] == hashes[1]
 
 
@@ -196,19 +202,19 @@ BAD_ROWS = {
     "an expression": ({"prompt": '["Hi" + "!"]'}, "malformed JSON"),
     "an empty cell": ({"response_b": ""}, "malformed JSON: response_b"),
     "nested without end": ({"prompt": "[" * 100_000}, "malformed JSON"),
-    "no list": ({"prompt": '"Hi"'}, "no list of texts: prompt is "),
-    "null instead of a list": ({"prompt": "null"}, "no list of texts"),
-    "a number as a turn": ({"response_a": "[1]"}, "no list of texts: response_a is '[1]'"),
-    "NaN as a turn": ({"response_a": "[NaN]"}, "no list of texts"),
+    "no list": ({"prompt": '"Hi"'}, "wrong type: prompt is 'Hi', expected List(String)"),
+    "null instead of a list": ({"prompt": "null"}, "wrong type: prompt is 'null', expected List(String)"),
+    "a number as a turn": ({"response_a": "[1]"}, "wrong type: response_a[0] is '1', expected String"),
+    "NaN as a turn": ({"response_a": "[NaN]"}, "wrong type: response_a[0] is 'nan'"),
     "unequal turn counts": ({"response_b": '["x","y"]'}, "prompt has 1 turns, response_a 1, response_b 2"),
     "no turn": (dict.fromkeys(("prompt", "response_a", "response_b"), "[]"), "no turns"),
     "two winners": ({"winner_tie": "1"}, "labels that do not sum to 1: found 1.0, 0.0, 1.0, sum 2.0"),
     "no winner": ({"winner_model_a": "0"}, "labels that do not sum to 1"),
     "a negative label": ({"winner_model_a": "2", "winner_tie": "-1"}, "labels that are no probabilities"),
-    "an endless label": ({"winner_tie": "1e999"}, "labels that are no probabilities"),
-    "a label that is a word": ({"winner_tie": "nan"}, "malformed label: winner_tie is 'nan'"),
-    "a label that only Python reads": ({"winner_tie": "0_0"}, "malformed label"),
-    "a label missing": ({"winner_tie": ""}, "malformed label: winner_tie is ''"),
+    "an endless label": ({"winner_tie": "1e999"}, "wrong type: winner_tie is 'inf', expected Float64"),
+    "a label that is a word": ({"winner_tie": "nan"}, "wrong type: winner_tie is 'nan', expected Float64"),
+    "a label that only Python reads": ({"winner_tie": "0_0"}, "wrong type: winner_tie is '0_0'"),
+    "a label missing": ({"winner_tie": ""}, "labels that are no probabilities: found 1.0, 0.0, null"),
     "repeated id": ({"id": "1"}, "repeated key: source arena55k has it in"),
     "no id": ({"id": ""}, "no key"),
 }
@@ -221,11 +227,11 @@ def test_a_bad_row_stops_the_run_or_is_left_out(tmp_path, name):
     spanning = row(id="1", model_a="two\nlines")
     path = write_csv(tmp_path / "x.csv", [spanning, row(**{"id": "2", **change}), row(id="3")])
     with pytest.raises(ValueError) as caught:
-        read_competition_csv(path)
+        read_competition_file(path)
     assert f"1 of 3 rows of {path} are bad" in str(caught.value)
     assert f"{path} line 4, id {change.get('id', '2') or 'missing'}: " in str(caught.value)
     assert message in str(caught.value)
-    frame, report = read_competition_csv(path, skip_bad_rows=True)
+    frame, report = read_competition_file(path, skip_bad_rows=True)
     assert frame["id"].to_list() == ["1", "3"]
     assert (report.num_read, report.num_kept) == (3, 2)
     assert report.rejected.select("row", "id").row(0) == (4, change.get("id", "2"))
@@ -237,19 +243,31 @@ def test_a_row_of_another_width_is_bad(tmp_path, cells, hint):
     with path.open("a", newline="") as file:
         csv.writer(file).writerow(["8", *["[]"] * (cells - 1)])
     with pytest.raises(ValueError) as caught:
-        read_competition_csv(path)
+        read_competition_file(path)
     assert f"line 3, id 8: wrong number of cells: found {cells}, expected 9{hint}\n" in str(caught.value)
 
 
-@pytest.mark.parametrize("skip_bad_rows", [False, True])
 @pytest.mark.parametrize("cut", ['"[""x', '"[""x"', '"[""x""]'])
-def test_a_csv_cut_off_inside_a_quote_is_refused_with_its_line(tmp_path, cut, skip_bad_rows):
+def test_a_csv_cut_off_in_the_middle_of_a_row_is_refused_with_its_line(tmp_path, cut):
     path = write_csv(tmp_path / "x.csv", [row(id="1", model_a="two\nlines"), row(id="2")])
     with path.open("a", newline="") as file:
         file.write(f"3,m,m,{cut}")
-    with pytest.raises(ValueError, match=f"{path} line 5"):
-        # cut behind a closing quote it is a short row, which may be skipped; an open quote may not
-        read_competition_csv(path, skip_bad_rows=skip_bad_rows and not cut.endswith('x"'))
+    with pytest.raises(ValueError, match=f"{path} line 5.*cut off"):
+        read_competition_file(path)
+    frame, report = read_competition_file(path, skip_bad_rows=True)
+    assert frame["id"].to_list() == ["1", "2"]
+    assert report.rejected.select("row", "reason").rows() == [
+        (5, "wrong number of cells" if cut.endswith('x"') else "broken quotes")
+    ]
+
+
+def test_a_quote_left_open_is_told_with_all_the_lines_that_it_takes(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [row(id="1")])
+    with path.open("a", newline="") as file:
+        file.write('2,m,m,"[]\r\n' + "3,m,m,[],[],[],1,0,0\r\n" * 5)
+    _, report = read_competition_file(path, skip_bad_rows=True)
+    assert report.rejected.select("row", "reason").rows() == [(3, "broken quotes")]
+    assert "up to line 8: a quote does not close" in report.rejected["detail"].item()
 
 
 def test_every_cut_of_a_file_loses_no_row_silently(tmp_path):
@@ -263,7 +281,7 @@ def test_every_cut_of_a_file_loses_no_row_silently(tmp_path):
         if end in whole or set(rest) <= set(b".0\r\n"):
             continue
         with pytest.raises(ValueError):
-            read_competition_csv(path)
+            read_competition_file(path)
 
 
 @pytest.mark.parametrize("broken", ['3,m,m,"[]"x,[],[],1,0,0\r\n', "3,m,m,[],a\rb,[],1,0,0\r\n"])
@@ -272,7 +290,7 @@ def test_broken_quotes_and_line_ends_are_refused(tmp_path, broken):
     with path.open("a", newline="") as file:
         file.write(broken)
     with pytest.raises(ValueError, match=f"{path}"):
-        read_competition_csv(path)
+        read_competition_file(path)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +308,7 @@ def test_broken_quotes_and_line_ends_are_refused(tmp_path, broken):
 def test_a_wrong_header_names_what_was_found_and_expected(tmp_path, header, message):
     path = write_csv(tmp_path / "x.csv", [row(key="1", prompts="[]")], header)
     with pytest.raises(ValueError) as caught:
-        read_competition_csv(path)
+        read_competition_file(path)
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path))
 
@@ -299,43 +317,43 @@ def test_a_wrong_header_names_what_was_found_and_expected(tmp_path, header, mess
     ("data", "message"),
     [
         (b"", "is empty"),
-        (b"\xef\xbb\xbf\r\n", "is empty"),
+        (b"\xef\xbb\xbf\r\n", "lacks the columns id, prompt, response_a, response_b; found none"),
         ((",".join(TEST_HEADER)).encode(), "no comparison in it"),
-        ("id,prompt".encode("utf-16"), "not UTF-8: byte 0xff at offset 0 (line 1)"),
+        ("id,prompt".encode("utf-16"), "is not UTF-8: its header has the byte 0xff after ''; save it again"),
         (
             ",".join(TEST_HEADER).encode() + b"\n" + b"x" * 100_000 + b"\ncaf\xe9,",
-            "byte 0xe9 at offset 100,036 (line 3)",
+            "line 3, id caf\ufffd: not UTF-8: found the byte 0xe9 after 'caf'; save the file as UTF-8",
         ),
-        (b"PAR1\x15\x04\x15\x80", "not UTF-8: byte 0x80 at offset 7"),
+        (b"PAR1\x15\x04\x15\x80", r"is not UTF-8: its header has the byte 0x80 after 'PAR1\x15\x04\x15'"),
     ],
 )
 def test_a_file_that_is_no_utf8_csv_is_refused(tmp_path, data, message):
     path = tmp_path / "x.csv"
     path.write_bytes(data)
     with pytest.raises(ValueError) as caught:
-        read_competition_csv(path, skip_bad_rows=True)
+        read_competition_file(path, skip_bad_rows=True)
     assert message in str(caught.value)
     assert str(path) in str(caught.value)
 
 
 def test_an_absent_file_and_a_folder_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"x\.csv does not exist; .* --input"):
-        read_competition_csv(tmp_path / "x.csv")
-    with pytest.raises(ValueError, match="is not a file"):
-        read_competition_csv(tmp_path)
+        read_competition_file(tmp_path / "x.csv")
+    with pytest.raises(ValueError, match="holds no Parquet, CSV or JSON lines file"):
+        read_competition_file(tmp_path)
 
 
 def test_reading_leaves_the_csv_module_as_it_was(tmp_path):
     limit = 131_072
     csv.field_size_limit(limit)
-    read_competition_csv(write_csv(tmp_path / "x.csv", [row()]))
+    read_competition_file(write_csv(tmp_path / "x.csv", [row()]))
     with pytest.raises(ValueError) as caught:  # held on to, and with it the reader's frame
-        read_competition_csv(write_csv(tmp_path / "x.csv", [row()], ("id",)))
+        read_competition_file(write_csv(tmp_path / "x.csv", [row()], ("id",)))
     assert csv.field_size_limit() == limit, caught
 
 
 def test_folds_keep_a_prompt_together_and_do_not_depend_on_row_order(tmp_path):
-    frame, _ = read_competition_csv(write_csv(tmp_path / "x.csv", votes(600, 90)))
+    frame, _ = read_competition_file(write_csv(tmp_path / "x.csv", votes(600, 90)))
     folded = with_folds(frame, num_folds=5)
     assert folded.drop("fold").equals(frame.drop("fold"))
     assert folded.schema == SCHEMA
@@ -354,8 +372,8 @@ def test_folds_keep_a_prompt_together_and_do_not_depend_on_row_order(tmp_path):
 def test_unlabelled_rows_get_no_fold(tmp_path):
     rows = votes(60, 60)
     rows[7].update(dict.fromkeys(LABELS, ""))
-    folded = with_folds(read_competition_csv(write_csv(tmp_path / "x.csv", rows))[0], num_folds=2)
-    assert [i for i, fold in enumerate(folded["fold"]) if fold is None] == [7]
+    folded = with_folds(read_competition_file(write_csv(tmp_path / "x.csv", rows))[0], num_folds=2)
+    assert folded.filter(pl.col("fold").is_null())["id"].to_list() == [rows[7]["id"]]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +385,7 @@ def test_unlabelled_rows_get_no_fold(tmp_path):
     ],
 )
 def test_too_few_rows_for_the_folds_is_an_error(tmp_path, num_rows, num_prompts, message):
-    frame, _ = read_competition_csv(write_csv(tmp_path / "x.csv", votes(num_rows, num_prompts)))
+    frame, _ = read_competition_file(write_csv(tmp_path / "x.csv", votes(num_rows, num_prompts)))
     with pytest.raises(ValueError, match=message):
         with_folds(frame, num_folds=5)
 
@@ -389,7 +407,7 @@ def test_impossible_flags_are_refused(flags, message):
 
 
 def test_the_script_writes_once_and_then_says_up_to_date(tmp_path, capsys):
-    args = Args(input=write_csv(tmp_path / "x.csv", votes(60, 60)), output=tmp_path / "new" / "x.parquet")
+    args = arguments(write_csv(tmp_path / "x.csv", votes(60, 60)), tmp_path / "new" / "x.parquet")
     main(args)
     said = capsys.readouterr().out
     assert "60 comparisons read, 60 kept" in said
@@ -411,33 +429,29 @@ def test_the_script_writes_once_and_then_says_up_to_date(tmp_path, capsys):
 def test_the_script_replaces_other_content_only_when_told(tmp_path):
     output = tmp_path / "x.parquet"
     source = write_csv(tmp_path / "x.csv", votes(60, 60))
-    main(Args(input=source, output=output))
+    main(arguments(source, output))
     before = output.read_bytes()
     with pytest.raises(ValueError, match=r"'folds': 5.* here it is .*'folds': 3.*--overwrite"):
-        main(Args(input=source, output=output, folds=3))
+        main(arguments(source, output, folds=3))
     other = write_csv(tmp_path / "y.csv", votes(50, 50))
     with pytest.raises(ValueError, match=r"was made with inputs .*--overwrite"):
-        main(Args(input=other, output=output))
+        main(arguments(other, output))
     assert output.read_bytes() == before
-    main(Args(input=other, output=output, overwrite=True))
+    main(arguments(other, output, overwrite=True))
     assert len(read_comparisons(output)[0]) == 50
     output.write_text("something precious")
     with pytest.raises(ValueError, match="was changed after it was made"):
-        main(Args(input=other, output=output))
+        main(arguments(other, output))
     assert output.read_text() == "something precious"
 
 
 def test_the_script_lists_rows_that_it_was_told_to_skip(tmp_path, capsys):
     rows = [*votes(60, 60), row(id='bad, "very"', prompt="[")]
-    args = {
-        "input": write_csv(tmp_path / "x.csv", rows),
-        "output": tmp_path / "out" / "x.parquet",
-        "folds": 0,
-    }
+    where = (write_csv(tmp_path / "x.csv", rows), tmp_path / "out" / "x.parquet")
     with pytest.raises(ValueError, match="malformed JSON"):
-        main(Args(**args))
+        main(arguments(*where, folds=0))
     assert not (tmp_path / "out").exists()
-    main(Args(**args, skip_bad_rows=True))
+    main(arguments(*where, folds=0, skip_bad_rows=True))
     said = capsys.readouterr().out
     assert "1 rejected: malformed JSON" in said
     assert "60 comparisons, no folds" in said
@@ -447,10 +461,10 @@ def test_the_script_lists_rows_that_it_was_told_to_skip(tmp_path, capsys):
 
 def test_prompts_of_other_tables_are_left_out(tmp_path, capsys):
     first = votes(60, 60)
-    main(Args(input=write_csv(tmp_path / "a.csv", first[:20]), output=tmp_path / "a.parquet", folds=0))
-    args = Args(
-        input=write_csv(tmp_path / "b.csv", first),
-        output=tmp_path / "b.parquet",
+    main(arguments(write_csv(tmp_path / "a.csv", first[:20]), tmp_path / "a.parquet", folds=0))
+    args = arguments(
+        write_csv(tmp_path / "b.csv", first),
+        tmp_path / "b.parquet",
         folds=0,
         exclude=(tmp_path / "a.parquet",),
     )
@@ -465,7 +479,7 @@ def test_prompts_of_other_tables_are_left_out(tmp_path, capsys):
 
 def test_the_test_form_needs_no_flag(tmp_path, capsys):
     source = write_csv(tmp_path / "test.csv", [row()], TEST_HEADER)
-    main(Args(input=source, output=tmp_path / "test.parquet"))
+    main(arguments(source, tmp_path / "test.parquet"))
     assert "1 comparisons, no folds" in capsys.readouterr().out
     assert read_comparisons(tmp_path / "test.parquet")[0]["fold"].to_list() == [None]
 

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from helpers import run_script
+from helpers import read_competition_file, run_script
 from jinja2 import TemplateError
 from safetensors import safe_open
 from sklearn.linear_model import LogisticRegression
@@ -20,7 +20,7 @@ from common.metrics import log_loss, prior_log_loss
 from common.models import load_model
 from common.pairs import LABELS, labels_array
 from common.prompts import Prompter
-from data_prep.competition import read_competition_csv, with_folds
+from data_prep.competition import with_folds
 from data_prep.demo_arena import BAD, GOOD, Args, main, make_checkpoints, texts_of, write_arena
 
 SCRIPT = Path(__file__).resolve().parents[2] / "data_prep" / "demo_arena.py"
@@ -40,7 +40,7 @@ def arena(tmp_path_factory):
 @pytest.fixture(scope="module")
 def votes(arena):
     """The labelled comparisons with folds, as the stages read them."""
-    return with_folds(read_competition_csv(arena / "train.csv")[0], num_folds=5)
+    return with_folds(read_competition_file(arena / "train.csv")[0], num_folds=5)
 
 
 @pytest.fixture(scope="module")

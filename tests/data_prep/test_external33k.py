@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from common.competition_csv import LONE_SURROGATE
 from common.pairs import LABELS, SCHEMA, read_comparisons
+from common.raw_files import fetch
 from data_prep import external33k
 from data_prep.external33k import Args, first_of_each_prompt, main, open_votes, read_votes
 
@@ -43,7 +44,7 @@ def write(path: Path, rows: list[dict]) -> Path:
 
 def read(path: Path, scratch: Path, **flags: bool):
     scratch.mkdir(parents=True)
-    frame, report, dropped = read_votes(open_votes([str(path)], scratch), **flags)
+    frame, report, dropped = read_votes(open_votes(fetch([str(path)], scratch), scratch), **flags)
     return first_of_each_prompt(frame), report, dropped
 
 
@@ -178,7 +179,7 @@ def test_the_original_form_as_parquet_with_further_fields(tmp_path):
         (vote("8", winner="draw"), "unknown winner: found draw, expected one of model_a"),
         (vote("8", winner=3.5), "wrong type: winner is '3.5'"),
         (vote("8", conversation_a=None), "no conversation"),
-        (vote("8", conversation_a="Hi"), "wrong type: conversation_a"),
+        (vote("8", conversation_a="Hi"), "malformed JSON: conversation_a"),
         (vote("8", conversation_a=[{"role": "user", "content": 1}]), "wrong type: conversation_a[0].content"),
         ({"question_id": "8"}, "missing field"),
         (vote("", chat("k", "1"), chat("k", "2")), "no key"),

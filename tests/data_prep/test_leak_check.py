@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from helpers import run_script
+from helpers import read_competition_file, run_script
 
 from common.data_folder import find_tables
-from common.inputs import without_prompts_of
+from common.exclude import without_prompts
 from common.near_duplicates import PAIRS_PER_CHUNK, jaccard, near_pairs, rows_per_band, shingles
 from common.pairs import SCHEMA, read_comparisons, swap, write_comparisons
-from data_prep.competition import read_competition_csv, with_folds
+from data_prep.competition import with_folds
 from data_prep.leak_check import KINDS, LEAK_COLUMNS, Args, find_leaks, main, read_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,11 +222,11 @@ def test_one_word_in_twenty_is_what_the_docstring_says():
 
 
 def test_bands_find_what_lies_at_the_threshold():
-    assert [rows_per_band(threshold) for threshold in (0.8, 0.5, 0.2, 1.0)] == [6, 3, 1, 128]
+    assert [rows_per_band(threshold) for threshold in (0.8, 0.5, 0.2, 1.0)] == [6, 3, 1, 64]
     draw = random.Random(5)
-    pairs = [[draw.sample(range(2**40), 110)] for _ in range(300)]
+    pairs = [[draw.sample(range(2**32), 110)] for _ in range(300)]
     sets = pl.Series(
-        [sorted(ids[side : side + 100]) for (ids,) in pairs for side in (0, 10)], dtype=pl.List(pl.UInt64)
+        [sorted(ids[side : side + 100]) for (ids,) in pairs for side in (0, 10)], dtype=pl.List(pl.UInt32)
     )
     found = [
         pair for left, right, _ in near_pairs(sets, threshold=0.8) for pair in zip(left, right, strict=True)
@@ -238,7 +238,7 @@ def test_bands_find_what_lies_at_the_threshold():
 
 def test_a_large_bucket_is_cut_into_chunks():
     count = 900
-    sets = pl.Series([[1, 2, 3]] * count, dtype=pl.List(pl.UInt64))
+    sets = pl.Series([[1, 2, 3]] * count, dtype=pl.List(pl.UInt32))
     chunks = list(near_pairs(sets, threshold=0.8))
     assert sum(len(left) for left, _, _ in chunks) == count * (count - 1) // 2 > PAIRS_PER_CHUNK
     assert len(chunks) > 1
@@ -270,7 +270,7 @@ def test_the_script_writes_a_table_for_exclude_and_fails_on_demand(tmp_path, cap
     assert "base and other" in capsys.readouterr().out
     leaks, _ = read_comparisons(flags["output"])
     assert leaks.columns == [*SCHEMA, *LEAK_COLUMNS]
-    left = without_prompts_of(planted[1], (flags["output"],))
+    left, _ = without_prompts(planted[1], (flags["output"],))
     assert left["id"].str.starts_with("own").all()
     write_comparisons(left, other)
     main(Args(**flags, fail_on=KINDS))
@@ -322,7 +322,7 @@ def test_the_command_line_ends_with_status_1_and_one_line(tmp_path):
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"the real rows are not in {REAL}")
 def test_the_thousand_real_votes(tmp_path):
-    frame = with_folds(read_competition_csv(REAL / "train.csv")[0], num_folds=5)
+    frame = with_folds(read_competition_file(REAL / "train.csv")[0], num_folds=5)
     counts, leaks = search(tmp_path, frame, test=REAL / "test.csv")
     assert counts["fold"].sum() == 0, "folds keep a prompt together"
     prompts = [json.dumps(prompt) for prompt in frame["prompt"].to_list()]

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from common.conversations import MESSAGES
 from common.data_manifest import manifest_path
+from common.exclude import prompt_keys
 from common.files import read_json
 from common.pairs import REJECTED_SCHEMA, SCHEMA, content_hashes, read_comparisons, write_comparisons
 from common.raw_files import Raw
 from data_prep import lmsys1m_pairs
-from data_prep.lmsys1m_pairs import INPUT_SCHEMA, Args, choose_pairs, gather, main, prompt_keys, read_light
+from data_prep.lmsys1m_pairs import INPUT_SCHEMA, Args, choose_pairs, gather, main, read_light
 
 SCRIPT = "data_prep/lmsys1m_pairs.py"
 SEED = 42
@@ -53,7 +54,7 @@ def as_raw(rows: list[tuple], num_files: int = 1) -> Raw:
         frame=pl.concat(placed),
         rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
         num_repaired=0,
-        inputs=tuple({"name": f"{i}.parquet"} for i in range(num_files)),
+        names=tuple(f"{i}.parquet" for i in range(num_files)),
         row_unit="row",
     )
 
@@ -69,9 +70,10 @@ def pairs_of(
     """(comparisons, dropped, rejected) without any file."""
     raw = as_raw(rows, num_files)
     light, report = read_light(raw, skip_bad_rows=skip_bad_rows)
-    others = pl.LazyFrame({"prompt": excluded}, schema={"prompt": SCHEMA["prompt"]})
-    chosen, dropped = choose_pairs(light, prompt_keys(others), seed=seed)
     with TemporaryDirectory() as scratch:
+        others = Path(scratch) / "others.parquet"
+        pl.DataFrame({"prompt": excluded}, schema={"prompt": SCHEMA["prompt"]}).write_parquet(others)
+        chosen, dropped = choose_pairs(light, prompt_keys([others]), seed=seed)
         return gather(raw.frame, chosen, Path(scratch)), dropped, report.rejected
 
 
@@ -218,7 +220,7 @@ def test_exactly_as_the_slow_version(rows, excluded, seed):
         ),
         ("seeded_order", lambda seed, *columns: pl.int_range(pl.len()).cast(pl.String).cast(pl.Binary)),
         ("alternates", lambda chat: pl.col(chat).list.len() > 0),
-        ("prompt_keys", lambda frame: pl.Series([], dtype=pl.Binary)),
+        ("prompt_keys", lambda paths: pl.Series([], dtype=pl.Binary)),
     ],
 )
 def test_a_wrong_part_would_be_noticed(name, wrong, monkeypatch):
@@ -442,7 +444,7 @@ def break_in_the_middle(path: Path) -> None:
         (lambda path: pl.read_parquet(path).drop("model").write_parquet(path), "lacks the column model"),
         (
             lambda path: pl.read_parquet(path).with_columns(conversation=pl.lit("x")).write_parquet(path),
-            "conversation is String, expected List",
+            "malformed JSON: conversation",
         ),
         (lambda path: write(path, GOOD[:1]), "no pair among 1 conversations"),
     ],
@@ -462,7 +464,7 @@ def test_other_mistakes(tmp_path):
     source = write(tmp_path / "in.parquet", GOOD)
     with pytest.raises(ValueError, match=r"--exclude .*absent\.parquet is not a file"):
         run_main(tmp_path, source, exclude=(tmp_path / "absent.parquet",))
-    with pytest.raises(ValueError, match="lacks the column prompt"):
+    with pytest.raises(ValueError, match="has no column prompt, expected"):
         run_main(tmp_path, source, exclude=(source,))
     with pytest.raises(ValueError, match=r"ends in .parquet"):
         Args(output=Path("x.csv"))

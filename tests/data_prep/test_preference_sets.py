@@ -17,7 +17,7 @@ from test_external33k import chat, repair, write
 
 from common.pairs import LABELS, SCHEMA, read_comparisons
 from data_prep import preference_sets
-from data_prep.preference_sets import Args, default_inputs, main, open_sets, read_sets, source_of
+from data_prep.preference_sets import Args, default_inputs, fetch_sets, main, open_sets, read_sets, source_of
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "preference_messages" / "chosen_rejected.jsonl"
@@ -29,7 +29,8 @@ def pair(chosen: object, rejected: object, **more: object) -> dict:
 
 def read(inputs: list[str], scratch: Path, *, seed: int = 42, skip_bad_rows: bool = False):
     scratch.mkdir(parents=True)
-    return read_sets(open_sets(inputs, scratch), seed=seed, skip_bad_rows=skip_bad_rows)
+    raw = open_sets(fetch_sets(inputs, scratch), scratch)
+    return read_sets(raw, seed=seed, skip_bad_rows=skip_bad_rows)
 
 
 def key_of(turns: list[str | None]) -> str:
@@ -40,25 +41,29 @@ def key_of(turns: list[str | None]) -> str:
 def slow(rows: list[dict], seed: int) -> tuple[dict[str, tuple], int, list[int], int]:
     """(id -> comparison, bad rows, dropped by reason, differing earlier turns): one row at a time."""
     found: dict[str, list] = {}
-    dropped, num_bad, num_earlier = [0, 0, 0, 0], 0, 0
+    dropped, num_bad, num_earlier = [0, 0, 0, 0, 0], 0, 0
     for row in rows:
         chats = [row["chosen"], row["rejected"]]
         if None in chats:
             num_bad += 1
             continue
+        system = [one[0]["content"] or "" if one and one[0]["role"] == "system" else None for one in chats]
+        chats = [one if text is None else one[1:] for one, text in zip(chats, system, strict=True)]
         roles = [[message["role"] for message in one] for one in chats]
         users = [[repair(message["content"]) for message in one[::2]] for one in chats]
         answers = [[repair(message["content"]) for message in one[1::2]] for one in chats]
         if any(not r or r != ["user", "assistant"] * (len(r) // 2) for r in roles):
             dropped[0] += 1
-        elif users[0] != users[1]:
+        elif system[0] != system[1]:
             dropped[1] += 1
-        elif answers[0] == answers[1]:
+        elif users[0] != users[1]:
             dropped[2] += 1
+        elif answers[0] == answers[1]:
+            dropped[3] += 1
         else:
             key = key_of([key_of(users[0]), key_of(answers[0]), key_of(answers[1])])
             scores = (row.get("chosen_score"), row.get("rejected_score"))
-            dropped[3] += key in found
+            dropped[4] += key in found
             found.setdefault(key, []).append((users[0], answers, scores))
     table = {}
     for key, repeats in sorted(found.items()):
@@ -77,7 +82,8 @@ def slow(rows: list[dict], seed: int) -> tuple[dict[str, tuple], int, list[int],
 TEXTS = st.sampled_from(["", "a", "b", "nan", "ab", None, "\udc00", "\U0001f600"])
 FREE = st.one_of(
     st.lists(TEXTS, max_size=5).map(lambda texts: chat(*texts)),
-    st.just([{"role": "system", "content": "x"}, *chat("a", "b")]),
+    st.sampled_from(["x", "", None]).map(lambda text: [{"role": "system", "content": text}, *chat("a", "b")]),
+    st.just([*chat("a", "b"), {"role": "system", "content": "x"}]),
     st.just([{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]),
     st.none(),
 )
@@ -90,9 +96,16 @@ SAME_TURNS = st.builds(
     st.lists(TEXTS, min_size=2, max_size=2),
     st.lists(TEXTS, min_size=2, max_size=2),
 )
+WITH_SYSTEM = st.builds(
+    lambda chats, systems: [
+        [{"role": "system", "content": text}, *one] for one, text in zip(chats, systems, strict=True)
+    ],
+    SAME_TURNS,
+    st.sampled_from([("x", "x"), ("x", "y"), ("", None)]),
+)
 ROWS = st.builds(
     lambda chats, high, low: pair(*chats, chosen_score=high, rejected_score=low),
-    st.one_of(SAME_TURNS, SAME_TURNS, st.tuples(FREE, FREE)),
+    st.one_of(SAME_TURNS, SAME_TURNS, WITH_SYSTEM, st.tuples(FREE, FREE)),
     SCORES,
     SCORES,
 )
@@ -152,8 +165,9 @@ def test_the_300_real_lists(tmp_path):
     frame, report, dropped = read([str(REAL)], tmp_path / "s")
     expected, _, num_dropped, _ = slow(rows, 42)
     assert frame["id"].to_list() == list(expected)
-    assert list(dropped.values()) == num_dropped
-    assert report.num_read == 300
+    assert list(dropped.values()) == num_dropped == [0, 0, 0, 0, 5], "nothing but exact repeats"
+    assert (report.num_read, len(frame)) == (300, 295)
+    assert report.notes["with a system message, which is left out"] == 80
     assert frame["score_a"].null_count() == len(frame)
     assert frame["source"].unique().to_list() == ["chosen_rejected"]
 
@@ -213,7 +227,7 @@ def test_a_hub_set_and_its_file_give_the_same_table(tmp_path, monkeypatch):
     ("row", "message"),
     [
         (pair(None, chat("a", "b")), "no chat"),
-        (pair("text", chat("a", "b")), "wrong type: chosen is"),
+        (pair("text", chat("a", "b")), "malformed JSON: chosen"),
         (pair([{"role": "user", "content": ["x"]}], chat("a", "b")), "wrong type: chosen[0].content"),
         (pair(chat("a", "b"), chat("a", "c"), chosen_score="5"), "wrong type: chosen_score"),
         ({"chosen": chat("a", "b")}, "missing field: rejected"),

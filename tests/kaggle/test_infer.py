@@ -88,6 +88,17 @@ def test_malformed_rows_get_the_prior_and_are_counted(built, tmp_path, capsys):
         assert f"with the prior: {reason}" in said
 
 
+def test_a_row_that_is_not_utf8_gets_the_prior_and_keeps_its_id(built, tmp_path, capsys):
+    test = tmp_path / "test.csv"
+    test.write_bytes(
+        b'id,prompt,response_a,response_b\n1,"[""caf\xe9""]","[""a""]","[""b""]"\n\xe9,[],[],[]\n'
+    )
+    ids, answers = run(built / "bundle", test, tmp_path / "s.csv")
+    assert ids == ["1", "\ufffd"]
+    assert np.allclose(answers, [0.4, 0.35, 0.25])
+    assert "with the prior: not UTF-8" in capsys.readouterr().out
+
+
 def test_only_malformed_rows(built, tmp_path):
     test = tmp_path / "test.csv"
     test.write_text("id,prompt,response_a,response_b\n1,[,[],[]\n")

@@ -1,0 +1,49 @@
+"""Prompts that must not occur in a table: what --exclude of the scripts in data_prep/ names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from common.conversations import stable_key
+from common.files import file_hash
+from common.pairs import SCHEMA
+from common.raw_files import reading
+
+
+def exclude_hashes(paths: Sequence[Path]) -> list[str]:
+    """sha256 of each comparison table, for a manifest; ValueError where one is not there."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(
+                f"--exclude {path} is not a file; expected a comparison Parquet (just prep makes them)"
+            )
+    return sorted(map(file_hash, paths))
+
+
+def prompt_keys(paths: Sequence[Path]) -> pl.Series:
+    """The different keys (`stable_key`) of all prompts in comparison tables.
+
+    Raises:
+        ValueError: A file cannot be read, or has no column of prompts.
+    """
+    keys = [pl.Series("prompt_key", [], dtype=pl.Binary)]
+    for path in paths:
+        with reading([str(path)]):
+            table = pl.scan_parquet(path, glob=False, hive_partitioning=False)
+            found = table.collect_schema().get("prompt")
+            if found != SCHEMA["prompt"]:
+                raise ValueError(
+                    f"--exclude {path} has {'no column' if found is None else found} prompt, expected "
+                    f"{SCHEMA['prompt']}: a comparison Parquet (just prep makes them)"
+                )
+            keys.append(table.select(prompt_key=stable_key(pl.col("prompt"))).collect()["prompt_key"])
+    return pl.concat(keys).drop_nulls().unique()
+
+
+def without_prompts(frame: pl.DataFrame, paths: Sequence[Path]) -> tuple[pl.DataFrame, dict[str, int]]:
+    """`frame` less the rows whose prompt (all user turns) stands in a comparison table, and their count."""
+    if not paths:
+        return frame, {}
+    kept = frame.filter(~stable_key(pl.col("prompt")).is_in(prompt_keys(paths).implode()))
+    return kept, {"prompt stands in --exclude": len(frame) - len(kept)}
