@@ -1,14 +1,16 @@
-"""Pairs out of a million single conversations, and what is in them: seconds and memory.
+"""Data preparation at full scale: seconds and memory of each script, beside one scan of the table per prompt.
 
 Run   just bench data [--rows 500000 1000000 2000000] [--checkpoint artifacts/demo/models/tiny-gemma]
 
 Makes conversations in the schema of lmsys-chat-1m (about 2.5 KB each, prompts that repeat by a power law) and
-runs our scripts on them, each in a process of its own: `data_prep/lmsys1m_pairs.py`, then `leak_check.py` on
-the pairs and, with a tokenizer, `summary.py` on up to 100,000 of them. Beside the first the plain way, which
-looks through the whole table once for every prompt, at sizes where it still ends. The "growth" columns
-compare a row with the one above it.
+runs `data_prep/lmsys1m_pairs.py` on them, then the other scripts on what it made: `leak_check.py` on the
+pairs, `competition.py` on as many of them as train.csv has rows, as a CSV with votes, `preference_sets.py` on
+all of them as chosen and rejected chats and, with a tokenizer, `summary.py` on up to 100,000. Each runs in a
+process of its own, as a user starts it. Beside the first the plain way, which looks through the whole table
+once for every prompt, at sizes where it still ends. The "growth" columns compare a row with the one above it.
 """
 
+import csv
 import json
 import os
 import subprocess
@@ -25,9 +27,12 @@ import numpy as np
 import polars as pl
 
 from common.console import cli, say, show_table
+from common.pairs import LABELS, TEXTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "data_prep"
+NUM_VOTES = 57_477
+"""Most rows of the CSV of votes, as many as the competition's train.csv has."""
 NUM_TOKENISED = 100_000
 """Most pairs whose tokens are counted."""
 ROWS_PER_FILE = 250_000
@@ -40,6 +45,18 @@ SHARE_SAME_ANSWER = 0.05
 """Of conversations whose answer is drawn from three fixed ones of their prompt."""
 LETTERS = list("etaoinshrdlucmfwypvbgkqjxz")
 BLOB_CHARACTERS = 4_000_000
+
+
+WATCH = """
+import pathlib, resource, subprocess, sys, time
+began = time.perf_counter()
+status = subprocess.run(sys.argv[2:]).returncode
+seconds = time.perf_counter() - began
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+pathlib.Path(sys.argv[1]).write_text(f"{seconds} {peak}")
+sys.exit(status)
+"""
+"""Seconds and peak memory of a command, by a small process: a child starts with the peak of its parent."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +82,27 @@ class Args:
 class Measured(NamedTuple):
     """One run of one way."""
 
+    way: str
     num_rows: int
-    num_results: int
+    num_kept: int | None
+    """Comparisons that came of it."""
     seconds: float
     peak_gb: float | None
     """Peak resident memory; none where it was not measured."""
 
 
 def main(args: Args) -> None:
-    ways: dict[str, list[Measured]] = {}
+    found: list[Measured] = []
     for num_rows in args.rows:
         with made(num_rows, args.scratch) as folder:
-            for way, measured in ours(folder, num_rows, args.checkpoint).items():
-                ways.setdefault(way, []).append(measured)
+            for one in ours(folder, num_rows, args.checkpoint):
+                say(f"{one.way}: {one.num_rows:,} rows in {one.seconds:.1f} s")
+                found.append(one)
     for num_rows in args.scan_rows:
         with made(num_rows, args.scratch) as folder:
-            ways.setdefault("one scan of the table per prompt", []).append(scan_per_prompt(folder, num_rows))
-    columns = ("way", "rows", "results", "seconds", "peak GB", "growth of rows", "growth of seconds")
-    rows = [row for way, measured in ways.items() for row in described(way, measured)]
-    show_table(f"single conversations into pairs, {os.cpu_count()} cores", columns, rows)
+            found.append(scan_per_prompt(folder, num_rows))
+    columns = ("way", "rows", "kept", "seconds", "peak GB", "growth of rows", "growth of seconds")
+    show_table(f"data preparation, {os.cpu_count()} cores", columns, described(found))
 
 
 @contextmanager
@@ -95,54 +114,79 @@ def made(num_rows: int, scratch: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def described(way: str, measured: Sequence[Measured]) -> Iterator[tuple[str | None, ...]]:
-    """Lines of the table."""
-    for i, one in enumerate(measured):
-        before = measured[i - 1] if i else None
-        yield (
-            way,
-            f"{one.num_rows:,}",
-            f"{one.num_results:,}",
-            f"{one.seconds:.1f}",
-            one.peak_gb and f"{one.peak_gb:.2f}",
-            before and f"{one.num_rows / before.num_rows:.2f}",
-            before and f"{one.seconds / before.seconds:.2f}",
+def described(found: Sequence[Measured]) -> Iterator[tuple[str | None, ...]]:
+    """Lines of the table, the runs of a way below each other."""
+    for way in dict.fromkeys(one.way for one in found):
+        before = None
+        for one in (one for one in found if one.way == way):
+            yield (
+                way,
+                f"{one.num_rows:,}",
+                one.num_kept and f"{one.num_kept:,}",
+                f"{one.seconds:.1f}",
+                one.peak_gb and f"{one.peak_gb:.2f}",
+                before and f"{one.num_rows / before.num_rows:.2f}",
+                before and f"{one.seconds / before.seconds:.2f}",
+            )
+            before = one
+
+
+def ours(folder: Path, num_rows: int, checkpoint: str | None) -> Iterator[Measured]:
+    """What our scripts take on a folder of conversations and on what they make of it."""
+    out = folder / "out"
+    pairs = out / "pairs.parquet"
+    yield measure("lmsys1m_pairs.py", num_rows, pairs, "--input", folder)
+    table = pl.read_parquet(pairs)
+    yield measure("leak_check.py", len(table), out / "leaks.parquet", "--input", pairs)
+    votes, sets = folder / "train.csv", folder / "sets.parquet"
+    num_votes = write_votes(table, votes)
+    yield measure("competition.py", num_votes, out / "votes.parquet", "--input", votes)
+    write_preferences(table, sets)
+    yield measure("preference_sets.py", len(table), out / "sets.parquet", "--input", sets)
+    if checkpoint:
+        some = table.head(NUM_TOKENISED)
+        some.write_parquet(folder / "some.parquet")
+        flags = ("--input", folder / "some.parquet", "--checkpoint", checkpoint)
+        yield measure("summary.py", len(some), out, *flags)
+
+
+def measure(script: str, num_rows: int, output: Path, *arguments: object) -> Measured:
+    """One of our scripts, which reads `num_rows` rows and writes `output`."""
+    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments), "--output", str(output)]
+    with tempfile.NamedTemporaryFile("r") as result:
+        watching = [sys.executable, "-c", WATCH, result.name, *command]
+        if status := subprocess.run(watching, stdout=subprocess.DEVNULL).returncode:
+            raise ValueError(f"{script} ended with status {status}; what it printed says why")
+        seconds, peak = map(float, result.read().split())
+    num_kept = pl.scan_parquet(output).select(pl.len()).collect().item() if output.is_file() else None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Measured(script, num_rows, num_kept, seconds, peak * unit / 1e9)
+
+
+def write_votes(table: pl.DataFrame, path: Path) -> int:
+    """Pairs as the competition publishes votes, every third one a tie; returns the rows."""
+    some = table.head(NUM_VOTES)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("id", "model_a", "model_b", *TEXTS, *LABELS))
+        for i, (a, b, *texts) in enumerate(some.select("model_a", "model_b", *TEXTS).iter_rows()):
+            writer.writerow((i, a, b, *map(json.dumps, texts), *(int(i % 3 == c) for c in range(3))))
+    return len(some)
+
+
+def write_preferences(table: pl.DataFrame, path: Path) -> None:
+    """Pairs as chats: A is chosen."""
+
+    def chat(answers: str) -> pl.Expr:
+        """Of one turn, whatever the number of turns."""
+        roles = {"user": pl.col("prompt"), "assistant": pl.col(answers)}
+        return pl.concat_list(
+            pl.struct(role=pl.lit(role), content=turns.list.first()) for role, turns in roles.items()
         )
 
-
-def ours(folder: Path, num_rows: int, checkpoint: str | None) -> dict[str, Measured]:
-    """What our scripts take, each started as a user starts it."""
-    pairs, part = folder / "out" / "pairs.parquet", folder / "part" / "pairs.parquet"
-    found = {}
-    seconds, peak = run("lmsys1m_pairs.py", "--input", folder, "--output", pairs)
-    num_pairs = pl.scan_parquet(pairs).select(pl.len()).collect().item()
-    found["lmsys1m_pairs.py (results: pairs)"] = Measured(num_rows, num_pairs, seconds, peak)
-    leaks = folder / "leaks.parquet"
-    seconds, peak = run("leak_check.py", "--input", pairs, "--output", leaks)
-    num_leaks = len(pl.read_parquet(leaks, columns=["id"])) if leaks.exists() else 0
-    found["leak_check.py (results: to take out)"] = Measured(num_pairs, num_leaks, seconds, peak)
-    if checkpoint:
-        num_counted = min(num_pairs, NUM_TOKENISED)
-        part.parent.mkdir()
-        pl.scan_parquet(pairs).head(num_counted).sink_parquet(part)
-        seconds, peak = run("summary.py", "--input", part, "--output", folder, "--checkpoint", checkpoint)
-        num_tokens = json.loads((folder / "summary.json").read_text())["tables"]["pairs"]["tokens"]["total"]
-        found["summary.py (results: tokens)"] = Measured(num_counted, num_tokens, seconds, peak)
-    return found
-
-
-def run(script: str, *arguments: object) -> tuple[float, float]:
-    """(wall seconds, peak resident GB) of one of our scripts."""
-    began = time.perf_counter()
-    command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise ValueError(f"{script} ended with status {process.returncode}; what it printed says why")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return seconds, usage.ru_maxrss * unit / 1e9
+    columns = {"chosen": chat("response_a"), "rejected": chat("response_b")}
+    scores = {"chosen_score": pl.lit(2), "rejected_score": pl.lit(0.5)}
+    table.select(**columns, **scores).write_parquet(path)
 
 
 def scan_per_prompt(folder: Path, num_rows: int) -> Measured:
@@ -159,7 +203,8 @@ def scan_per_prompt(folder: Path, num_rows: int) -> Measured:
     for prompt in table["prompt"].unique():
         group = table.filter(pl.col("prompt") == prompt)
         num_pairs += group["model"].n_unique() // 2
-    return Measured(num_rows, num_pairs, time.perf_counter() - began, None)
+    seconds = time.perf_counter() - began
+    return Measured("one scan of the table per prompt", num_rows, num_pairs, seconds, None)
 
 
 def write_conversations(folder: Path, num_rows: int, *, seed: int = 0) -> int:

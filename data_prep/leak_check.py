@@ -48,7 +48,8 @@ Kind = Literal["fold", "exact", "swapped", "prompt", "near"]
 KINDS: tuple[Kind, ...] = ("fold", "exact", "swapped", "prompt", "near")
 """Gravest first: the one that an output row's other side belongs to."""
 DATA = Path("artifacts/data")
-TEST = Path("data/test.csv")
+TESTS = (Path("data/test.csv"), DATA / "test.parquet")
+"""Where the rows to answer lie, raw or prepared: the first that is there."""
 FIRST, SECOND, LAST = 0, 1, 2
 """Protection of a row of test.csv, a row with a fold, any other."""
 SAME_PROMPT = ["prompt"]
@@ -63,7 +64,7 @@ class Args:
     input: tuple[Path, ...] = ()
     """Comparison tables, later ones give way to earlier ones; default: all of artifacts/data/, by name."""
     test: Path | None = None
-    """File in the form of the competition's test.csv; default: data/test.csv if it is there."""
+    """Rows to answer, in the form of the competition's test.csv; default: data/test.csv, or its table."""
     near_threshold: float = 0.8
     """Jaccard similarity of shingles, 0.2 to 1, from which prompts are near-duplicates."""
     between_sources: bool = False
@@ -84,8 +85,10 @@ class Args:
 
 def main(args: Args) -> None:
     check_output(args.output, args.input)
-    tables = args.input or find_tables(DATA)
-    test = args.test or (TEST if TEST.is_file() else None)
+    tables = args.input or tuple(path for path in find_tables(DATA) if path not in TESTS)
+    if not tables:
+        raise ValueError(f"{DATA} holds no table but those to answer; make one with just prep")
+    test = args.test or next((path for path in TESTS if path.is_file()), None)
     rows, texts = read_keys(tables, test, skip_bad_rows=args.skip_bad_rows)
     say(f"{len(rows):,} comparisons of {rows['source'].n_unique()} sources, {len(texts):,} different prompts")
     counts, leaks = find_leaks(
@@ -299,7 +302,7 @@ def _describe(
         partners[kind].with_columns(kind=pl.lit(kind), gravity=pl.lit(i)) for i, kind in enumerate(KINDS)
     )
     names = rows.select("row", "source", "id")
-    found = found.join(names, on="row").join(
+    found = found.join(names.filter(~rows["is_test"]), on="row").join(
         names.select(other_row="row", other_source="source", other_id="id"), on="other_row"
     )
     if between_sources:

@@ -5,7 +5,8 @@ Out   artifacts/data/*.parquet with their manifests; summary.json and pictures o
 Run   just prep
       just prep --hub          (also fetches what is not in data/ from the Hugging Face hub)
 
-A table whose inputs, parameters and code did not change is left as it is.
+A table whose inputs, parameters and code did not change is left as it is. No prompt of arena55k, whose fold 0
+is held out, stands in another table: `just leaks --fail-on fold` shows it.
 """
 
 import shlex
@@ -38,12 +39,13 @@ class Source(NamedTuple):
 
 
 SOURCES = (
-    Source("arena55k", "competition.py", ("train.csv",)),
+    Source("arena55k", "competition.py", ("train.csv",), ("lmarena-ai/arena-human-preference-55k",)),
     Source(
         "arena33k",
         "external33k.py",
         ("lmsys-33k-deduplicated.csv|chatbot_arena_conversations|chatbot_arena_conversations.parquet",),
         ("lmsys/chatbot_arena_conversations",),
+        exclude=("arena55k",),
     ),
     Source("test", "competition.py", ("test.csv",), flags=("--source", "test", "--folds", "0")),
     Source(
@@ -70,6 +72,7 @@ SOURCES = (
             "RLHFlow/CodeUltraFeedback-standard",
             "RLHFlow/Helpsteer-preference-standard",
         ),
+        exclude=("arena55k", "arena33k"),
     ),
 )
 ENDINGS = ("", ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")

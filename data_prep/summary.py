@@ -236,8 +236,8 @@ def _column(found: Mapping) -> dict[str, str]:
     column = {}
     if found["read"] is not None:
         column["rows read"] = f"{found['read']:,}"
-        column |= {f"bad: {reason}": f"-{count:,}" for reason, count in found["rejected"].items()}
-        column |= {f"dropped: {reason}": f"-{count:,}" for reason, count in found["dropped"].items()}
+        column |= {f"bad: {reason}": f"{-count:,}" for reason, count in found["rejected"].items()}
+        column |= {f"dropped: {reason}": f"{-count:,}" for reason, count in found["dropped"].items()}
     column["kept"] = f"{found['kept']:,}"
     column["different prompts"] = f"{found['prompts']:,}"
     column["labelled"] = f"{found['labels']['labelled']:,}"

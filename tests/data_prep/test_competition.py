@@ -8,6 +8,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from helpers import read_competition_file
@@ -194,6 +195,91 @@ def test_unescaped_unicode_reads_like_escaped(tmp_path_factory, content):
         )
         hashes.append(content_hashes(read_competition_file(path)[0]).to_list())
     assert hashes[0] == hashes[1]
+
+
+def slow(rows: list[dict]) -> tuple[list[tuple], list[tuple]]:
+    """Good rows in id order and (line, id, reason) of bad ones, one row at a time in plain Python."""
+    good, bad, seen = [], [], set()
+    for line, cells in enumerate(rows, start=2):
+        texts, labels = [], []
+        reason = None
+        for name in ("prompt", "response_a", "response_b"):
+            try:
+                turns = json.loads(cells[name])
+            except ValueError:
+                reason = reason or "malformed JSON"
+                continue
+            if not isinstance(turns, list) or not {type(turn) for turn in turns} <= {str, type(None)}:
+                reason = reason or "wrong type"
+            texts.append(turns)
+        for name in LABELS:
+            try:
+                labels.append(float(cells[name]) if cells[name] else None)
+            except ValueError:
+                reason = reason or "wrong type"
+        if reason is None and not cells["id"]:
+            reason = "no key"
+        elif reason is None and len({len(turns) for turns in texts}) > 1:
+            reason = "unequal turn counts"
+        elif reason is None and not texts[0]:
+            reason = "no turns"
+        elif reason is None and labels != [None] * 3:
+            if None in labels or min(labels) < 0:
+                reason = "labels that are no probabilities"
+            elif abs(sum(labels) - 1) > 1e-3:
+                reason = "labels that do not sum to 1"
+        if reason is None and cells["id"] in seen:
+            reason = "repeated key"
+        if reason is None:
+            seen.add(cells["id"])
+            models = (cells["model_a"] or None, cells["model_b"] or None)
+            good.append((cells["id"], *models, *map(repaired, texts), *labels))
+        else:
+            bad.append((line, cells["id"] or None, reason))
+    numbers = sorted((row for row in good if row[0].isdigit()), key=lambda row: (int(row[0]), row[0]))
+    return numbers + sorted(row for row in good if not row[0].isdigit()), bad
+
+
+TURN = st.sampled_from(["", "a", "nan", None, "a/b", "\U0001f600", "\ud83d"])
+CELL = st.one_of(
+    st.lists(TURN, max_size=2).map(json.dumps),
+    st.lists(TURN, min_size=1, max_size=1).map(json.dumps),
+    st.lists(TURN, min_size=1, max_size=1).map(lambda turns: json.dumps(turns).replace("/", "\\/")),
+    st.lists(TURN, min_size=1, max_size=1).map(json.dumps),
+    st.sampled_from(["", "null", "[1]", '"a"', "['a']", "{}"]),
+)
+VOTE = st.one_of(
+    st.sampled_from(["100", "010", "001", "100", "010", "001", ("", "", ""), ("0.5", "0.25", ".25")]),
+    st.tuples(*[st.sampled_from(["0", "1", "", "-1", "x", "1e-1"])] * 3),
+)
+CSV_ROWS = st.builds(
+    lambda key, models, texts, vote: {
+        "id": key,
+        **dict(zip(("model_a", "model_b"), models, strict=True)),
+        **dict(zip(("prompt", "response_a", "response_b"), texts, strict=True)),
+        **dict(zip(LABELS, vote, strict=True)),
+    },
+    st.sampled_from(["", "7", "07", "10", "9", "4294899228", "a10", "a9", "nan", "é", "x,y", '"']),
+    st.tuples(*[st.sampled_from(["", "m", "nan"])] * 2),
+    st.tuples(CELL, CELL, CELL) | CELL.map(lambda cell: (cell,) * 3),
+    VOTE,
+)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(rows=st.lists(CSV_ROWS, min_size=1, max_size=12))
+def test_random_rows_equal_a_slow_reader(tmp_path_factory, rows):
+    path = write_csv(tmp_path_factory.mktemp("rows") / "x.csv", rows)
+    good, bad = slow(rows)
+    if not good:
+        with pytest.raises(ValueError, match="No row is good"):
+            read_competition_file(path, skip_bad_rows=True)
+        return
+    frame, report = read_competition_file(path, skip_bad_rows=True)
+    expected = [(*row[:6], *(label and float(np.float32(label)) for label in row[6:])) for row in good]
+    assert frame.drop("source", "fold").rows() == expected
+    found = [(line, key or None, reason) for _, line, key, reason, _ in report.rejected.iter_rows()]
+    assert found == bad
 
 
 BAD_ROWS = {

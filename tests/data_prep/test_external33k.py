@@ -106,7 +106,7 @@ VOTES = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(rows=st.lists(VOTES, min_size=1, max_size=14), null=st.booleans())
 def test_random_votes_equal_a_slow_reader(tmp_path_factory, rows, null):
     if null:

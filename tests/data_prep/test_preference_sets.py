@@ -111,7 +111,7 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=14), seed=st.integers(0, 3))
 def test_random_rows_equal_a_slow_reader(tmp_path_factory, rows, seed):
     folder = tmp_path_factory.mktemp("sets")

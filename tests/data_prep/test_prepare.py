@@ -2,25 +2,31 @@
 
 import json
 
+import polars as pl
 import pytest
 from helpers import make_comparisons
 
 from common.pairs import read_comparisons
-from data_prep import prepare
+from data_prep import leak_check, prepare
+
+
+def as_published(frame):
+    """The competition's columns, texts as JSON."""
+    return frame.drop("source", "fold").with_columns(
+        pl.Series(name, [json.dumps(turns) for turns in frame[name].to_list()])
+        for name in ("prompt", "response_a", "response_b")
+    )
 
 
 def write_raw(folder, count=60):
-    """train.csv, the 33k votes and the conversations, about the same prompts."""
+    """train.csv, the 33k votes and the conversations, some about the same prompts."""
     frame = make_comparisons(count)
     folder.mkdir()
-    texts = [
-        frame[name].map_elements(lambda turns: json.dumps(list(turns)), return_dtype=str).alias(name)
-        for name in ("prompt", "response_a", "response_b")
-    ]
-    table = frame.drop("source", "fold").with_columns(texts)
+    table = as_published(frame)
     table.write_csv(folder / "train.csv")
     table.select("id", "prompt", "response_a", "response_b").head(3).write_csv(folder / "test.csv")
-    table.tail(20).write_csv(folder / "lmsys-33k-deduplicated.csv")
+    further = as_published(make_comparisons(30, seed=5))
+    pl.concat([table.tail(20), further]).write_csv(folder / "lmsys-33k-deduplicated.csv")
     (folder / "lmsys-chat-1m.jsonl").write_text(
         "".join(
             json.dumps({"conversation_id": f"c{i}", "model": f"m{i % 3}", "conversation": chat}) + "\n"
@@ -43,16 +49,23 @@ def chats(frame, count):
     ]
 
 
-def test_everything_is_made_once_in_order(tmp_path, capfd):
+def test_everything_is_made_once_in_order(tmp_path, capfd, monkeypatch):
     write_raw(tmp_path / "data")
     args = prepare.Args(data=tmp_path / "data", artifacts=tmp_path / "artifacts")
     prepare.main(args)
     said = capfd.readouterr().out
     tables = tmp_path / "artifacts/data"
-    votes, pairs = (read_comparisons(tables / f"{name}.parquet")[0] for name in ("arena55k", "lmsys1m_pairs"))
+    votes, pairs, further = (
+        read_comparisons(tables / f"{name}.parquet")[0] for name in ("arena55k", "lmsys1m_pairs", "arena33k")
+    )
     seen = {tuple(prompt) for prompt in votes["prompt"].to_list()}
-    assert len(pairs) and not seen & {tuple(prompt) for prompt in pairs["prompt"].to_list()}
+    for table in (pairs, further):
+        assert len(table) and not seen & {tuple(prompt) for prompt in table["prompt"].to_list()}
     assert "preference_sets: none of Capybara-Preferences, " in said and "raw files missing" in said
+    monkeypatch.chdir(tmp_path)
+    leak_check.main(leak_check.Args(fail_on=("fold",)))
+    assert "test.csv and arena55k" in capfd.readouterr().out, "the three rows to answer are of train.csv here"
+    (tables / "leaks.parquet").unlink()
     assert (tables / "summary.json").is_file()
     before = {path: path.stat().st_mtime_ns for path in tables.glob("*.parquet")}
     assert len(before) == 4
