@@ -1,4 +1,4 @@
-"""The competition's CSV form, row by row: what data preparation and the notebook both read.
+"""The competition's CSV form, row by row, as the notebook reads it; its rows serve data preparation too.
 
 UTF-8 with a header; every text column is a JSON list with one string or null a turn.
 """
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import BinaryIO
 
-from common.pairs import LABELS, TEXTS
+from common.pairs import TEXTS
 
 REQUIRED = ("id", *TEXTS)
 MAX_FIELD_CHARACTERS = 2**30
@@ -99,7 +99,7 @@ def _find_undecodable(cells: Sequence[str]) -> str | None:
 
 
 def check_header(header: Sequence[str] | BadRowError, path: Path) -> None:
-    """ValueError where a header lacks a column, names one twice, or has some of the three labels only."""
+    """ValueError where a header is broken, lacks a column or names one twice."""
     check_header_text(header, path)
     if not header:
         raise ValueError(f"{path} is empty; expected a CSV with the columns {', '.join(REQUIRED)}")
@@ -108,12 +108,11 @@ def check_header(header: Sequence[str] | BadRowError, path: Path) -> None:
         raise ValueError(
             f"{path}: the header has {', '.join(repeated)} more than once; found {', '.join(header)}"
         )
-    given = [name for name in LABELS if name in header]
-    missing = [name for name in (*REQUIRED, *(LABELS if given else ())) if name not in header]
+    missing = [name for name in REQUIRED if name not in header]
     if missing:
         raise ValueError(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
-            f"found {', '.join(header)}; expected {', '.join(REQUIRED)}, and {', '.join(LABELS)} if voted on"
+            f"found {', '.join(header)}; expected {', '.join(REQUIRED)}"
         )
 
 

@@ -7,7 +7,7 @@ import polars as pl
 
 from common.console import say
 from common.pairs import LABELS, SCHEMA, TEXTS, ReadReport
-from common.raw_files import PLACES, Raw, RawFile, check_raw, column_names, merge, open_raw, reading
+from common.raw_files import PLACES, Raw, RawFile, check_raw, column_names, merge, open_file, reading
 
 MODELS = ("model_a", "model_b")
 COLUMNS = {
@@ -32,7 +32,7 @@ def open_competition(files: Sequence[RawFile], source: str, scratch: Path) -> Ra
         ValueError: A file cannot be read, lacks a column, has it in another type, or some of the labels only.
     """
     raws = [
-        open_raw([file], _schema_of(file), scratch / f"competition-{number}")
+        open_file(file, _schema_of(file), scratch / f"competition-{number}.parquet")
         for number, file in enumerate(files)
     ]
     return merge(raws, [to_comparisons(raw.frame, source) for raw in raws])

@@ -61,7 +61,8 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     """Prints a table, from the first process only; columns after the first are right-aligned."""
     if os.environ.get("RANK", "0") != "0":
         return
-    table = Table(title=title, title_justify="left")
+    say(title)  # above the table, not in it: rich would fold it to the table's width
+    table = Table()
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in rows:

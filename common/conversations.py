@@ -6,6 +6,9 @@ import xxhash
 MESSAGES = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
 """A chat: one struct a message."""
 
+NOT_ALTERNATING = "not user, assistant, user, ..., assistant"
+"""Why a chat is left out."""
+
 
 def alternates(chat: str) -> pl.Expr:
     """True where a chat is user, assistant, user, ..., assistant; false for an empty or null one.

@@ -1,4 +1,4 @@
-"""Which files of a folder are comparison tables."""
+"""Which files of a folder are raw data, by the names they are published with, and which are our tables."""
 
 from pathlib import Path
 
@@ -10,6 +10,23 @@ LEAK_COLUMNS = ("kind", "kinds", "other_source", "other_id", "similarity")
 """What `data_prep/leak_check.py` adds to the rows that it lists: such a table repeats rows of others."""
 
 
+PREFERENCE_SETS = {
+    "capybara": "argilla/Capybara-Preferences",  # *_rating (whole), *_model; several turns
+    "pku_saferlhf": "RLHFlow/PKU-SafeRLHF-30K-standard",  # *_score
+    "argilla_math": "RLHFlow/Argilla-Math-DPO-standard",  # *_score
+    "code_ultrafeedback": "RLHFlow/CodeUltraFeedback-standard",  # *_score
+    "helpsteer": "RLHFlow/Helpsteer-preference-standard",  # *_score
+}
+"""Short name, which becomes the column `source` -> hub id."""
+ENDINGS = ("", ".parquet", *(f".{kind}{end}" for kind in ("csv", "jsonl") for end in ("", ".gz", ".zst")))
+
+
+def find_raw(folder: Path, *names: str) -> Path | None:
+    """The first of some names that is there below `folder`: a folder, or a file with an ending."""
+    places = (folder / f"{name}{ending}" for name in names for ending in ENDINGS)
+    return next((place for place in places if place.exists()), None)
+
+
 def find_tables(folder: Path) -> tuple[Path, ...]:
     """The comparison tables of a folder, by name; lists of leaks and of rejected rows are left out.
 
@@ -19,7 +36,7 @@ def find_tables(folder: Path) -> tuple[Path, ...]:
     tables = tuple(
         path
         for path in sorted(folder.glob("*.parquet"))
-        if set(SCHEMA) <= columns_of(path) and not is_leak_table(path)
+        if columns_of(path).keys() >= set(SCHEMA) and not is_leak_table(path)
     )
     if not tables:
         raise ValueError(
@@ -30,12 +47,12 @@ def find_tables(folder: Path) -> tuple[Path, ...]:
 
 def is_leak_table(path: Path) -> bool:
     """Whether a file was written by `data_prep/leak_check.py`."""
-    return set(LEAK_COLUMNS) <= columns_of(path)
+    return columns_of(path).keys() >= set(LEAK_COLUMNS)
 
 
-def columns_of(path: Path) -> set[str]:
-    """Column names of a Parquet; none where it cannot be read as one."""
+def columns_of(path: Path) -> dict[str, pl.DataType]:
+    """Columns and types of a Parquet; none where it cannot be read as one."""
     try:
-        return set(pl.read_parquet_schema(path))
+        return dict(pl.read_parquet_schema(path))
     except (OSError, pl.exceptions.PolarsError):
-        return set()
+        return {}

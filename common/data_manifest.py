@@ -19,6 +19,16 @@ READERS = (
 )
 
 
+JOINED = "joined to its partner"
+"""What became of a row that is the second half of a comparison: among the dropped, though not lost."""
+
+
+def check_output(output: Path) -> None:
+    """ValueError where a table would not be written as Parquet."""
+    if output.suffix != ".parquet":
+        raise ValueError(f"--output is {output}; expected a name that ends in .parquet")
+
+
 def made_of(
     files: Sequence[RawFile], parameters: Mapping[str, object], code: Sequence[Path]
 ) -> dict[str, object]:
@@ -31,7 +41,7 @@ def made_of(
     """
     code = [*code, *(Path(__file__).with_name(name) for name in READERS)]
     return {
-        "inputs": [file.describe() for file in files],
+        "inputs": [file.description for file in files],
         "parameters": dict(parameters),
         "code_sha256": text_hash(*(f"{path.name} {file_hash(path)}" for path in code)),
     }
@@ -70,20 +80,28 @@ def _difference(output: Path, wanted: Mapping[str, object], skip_bad_rows: bool)
         return str(error)
     if file_hash(output) not in (found.get("output_sha256"), found.get("replaces_sha256")):
         return f"{output} was changed after it was made"
-    for name in ("parameters", "inputs"):
-        theirs, ours = (_comparable(one.get(name)) for one in (found, wanted))
-        if theirs != ours:
-            return f"{output} was made with {name} {theirs}, here it is {ours}"
+    if _hashes(found.get("inputs")) != _hashes(wanted["inputs"]):
+        return f"{output} was made from other files than {', '.join(one['name'] for one in wanted['inputs'])}"
+    theirs, ours = found["parameters"], wanted["parameters"]
+    if differing := [name for name in ours if theirs.get(name) != ours[name]]:
+        then, now = (", ".join(_shown(name, one.get(name)) for name in differing) for one in (theirs, ours))
+        return f"{output} was made with {then}; here it is {now}"
     num_rejected = sum(found["counts"]["rejected"].values())
     if num_rejected and not skip_bad_rows:
         return f"{output} was made without {num_rejected:,} bad rows; pass --skip-bad-rows to keep it"
     return None
 
 
-def _comparable(value: object) -> object:
+def _hashes(inputs: object) -> list[str]:
+    """Of inputs as a manifest lists them; whatever else stands there is no input."""
+    return sorted(str(one.get("sha256")) for one in inputs or () if isinstance(one, dict))
+
+
+def _shown(name: str, value: object) -> str:
+    """A parameter for a message; of hashes the first digits."""
     if isinstance(value, list):
-        return sorted(str(one.get("sha256") if isinstance(one, dict) else one) for one in value)
-    return value
+        value = ", ".join(str(one)[:12] for one in value) or "none"
+    return f"{name} {value}"
 
 
 def write_made(
@@ -131,7 +149,7 @@ def write_made(
         )
     if report.rejected.is_empty():
         rejected_path.unlink(missing_ok=True)
-    show_counts(output, counts)
+    show_counts(output, counts, report.notes)
     if len(report.rejected):
         say(f"the rejected rows are listed in {rejected_path}")
 
@@ -141,10 +159,11 @@ def manifest_path(output: Path) -> Path:
     return output.with_suffix(".manifest.json")
 
 
-def show_counts(output: Path, counts: Mapping[str, object]) -> None:
-    """Prints rows in, out, and why not."""
+def show_counts(output: Path, counts: Mapping[str, object], notes: Mapping[str, int]) -> None:
+    """Prints rows in, out, why not, and what is worth knowing of the good ones."""
     rows = [("rows read", counts["read"])]
     rows += [(f"bad: {reason}", -count) for reason, count in counts["rejected"].items()]
-    rows += [(f"dropped: {reason}", -count) for reason, count in counts["dropped"].items()]
+    rows += [(f"dropped: {reason}", -count) for reason, count in counts["dropped"].items() if count]
     rows.append(("comparisons kept", counts["kept"]))
+    rows += [(f"good rows {note}", count) for note, count in notes.items()]
     show_table(str(output), ("what", "rows"), [(what, f"{count:,}") for what, count in rows])

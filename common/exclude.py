@@ -6,9 +6,13 @@ from pathlib import Path
 import polars as pl
 
 from common.conversations import stable_key
+from common.data_folder import columns_of
 from common.files import file_hash
 from common.pairs import SCHEMA
 from common.raw_files import reading
+
+EXCLUDED = "prompt stands in --exclude"
+"""Why a row is left out."""
 
 
 def exclude_hashes(paths: Sequence[Path]) -> list[str]:
@@ -29,14 +33,14 @@ def prompt_keys(paths: Sequence[Path]) -> pl.Series:
     """
     keys = [pl.Series("prompt_key", [], dtype=pl.Binary)]
     for path in paths:
+        found = columns_of(path).get("prompt")
+        if found != SCHEMA["prompt"]:
+            raise ValueError(
+                f"--exclude {path}: the column prompt is {found or 'not there'}, expected {SCHEMA['prompt']} "
+                "in a comparison Parquet (just prep makes them)"
+            )
         with reading([str(path)]):
             table = pl.scan_parquet(path, glob=False, hive_partitioning=False)
-            found = table.collect_schema().get("prompt")
-            if found != SCHEMA["prompt"]:
-                raise ValueError(
-                    f"--exclude {path} has {'no column' if found is None else found} prompt, expected "
-                    f"{SCHEMA['prompt']}: a comparison Parquet (just prep makes them)"
-                )
             keys.append(table.select(prompt_key=stable_key(pl.col("prompt"))).collect()["prompt_key"])
     return pl.concat(keys).drop_nulls().unique()
 
@@ -46,4 +50,4 @@ def without_prompts(frame: pl.DataFrame, paths: Sequence[Path]) -> tuple[pl.Data
     if not paths:
         return frame, {}
     kept = frame.filter(~stable_key(pl.col("prompt")).is_in(prompt_keys(paths).implode()))
-    return kept, {"prompt stands in --exclude": len(frame) - len(kept)}
+    return kept, {EXCLUDED: len(frame) - len(kept)}

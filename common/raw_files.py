@@ -39,13 +39,14 @@ PLACES = {"file": pl.String, "row": pl.Int64}
 class RawFile(NamedTuple):
     """One file that was asked for, in a folder or from the hub perhaps."""
 
-    name: str
-    """As the user may know it: a path, or a hub id."""
     path: Path
+    description: dict[str, object]
+    """For a manifest: name, as the user knows it (a path, or a hub id), size in bytes and sha256."""
 
-    def describe(self) -> dict[str, object]:
-        """Name, size in bytes and sha256, for a manifest."""
-        return {"name": self.name, "bytes": self.path.stat().st_size, "sha256": file_hash(self.path)}
+    @property
+    def name(self) -> str:
+        """As in the description."""
+        return str(self.description["name"])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +61,13 @@ class Raw:
     """Rows of text files in which half of a surrogate pair was replaced by U+FFFD."""
     names: tuple[str, ...]
     """Of the files, as in the column `file`."""
-    row_unit: str
-    """What `row` counts: "row" of a Parquet, "line" of a text file, "row or line" where both were given."""
+    row_units: frozenset[str]
+    """What `row` counts: "row" of a Parquet, "line" of a text file, or both."""
+
+    @property
+    def row_unit(self) -> str:
+        """The same in words: "row", "line", "row or line"."""
+        return " or ".join(sorted(self.row_units, reverse=True))
 
     @property
     def notes(self) -> dict[str, int]:
@@ -83,51 +89,57 @@ def fetch(inputs: Sequence[str], scratch: Path) -> tuple[RawFile, ...]:
     """
     if not inputs:
         raise ValueError("no input was given; name files or a hub id (OWNER/NAME) with --input")
-    found: list[RawFile] = []
+    found: list[tuple[str, Path]] = []
     for number, name in enumerate(inputs):
         path = Path(name).expanduser()
         if path.is_dir():
-            found += [RawFile(str(file), file) for file in _files_of(path)]
+            found += [(str(file), file) for file in _files_of(path)]
         elif path.exists():
-            found.append(RawFile(str(Path(name)), path))
+            found.append((str(Path(name)), path))
         else:
-            found.append(RawFile(name, _from_hub(name, scratch / f"{number}.hub.parquet")))
-    for file in found:
-        _check_file(file.path)
-    return tuple(found)
+            found.append((name, _from_hub(name, scratch / f"{number}.hub.parquet")))
+    return tuple(_described(name, path) for name, path in found)
+
+
+def _described(name: str, path: Path) -> RawFile:
+    _kind(path)
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path} is empty; get the file again")
+    return RawFile(path, {"name": name, "bytes": size, "sha256": file_hash(path)})
 
 
 def open_raw(files: Sequence[RawFile], schema: Mapping[str, pl.DataType], scratch: Path) -> Raw:
-    """Opens files as one frame.
+    """Opens files as one frame, in this order: `open_file` of each, `merge` of all."""
+    raws = [open_file(file, schema, scratch / f"raw-{i}.parquet") for i, file in enumerate(files)]
+    return merge(raws, [raw.frame for raw in raws])
+
+
+def open_file(file: RawFile, schema: Mapping[str, pl.DataType], converted: Path) -> Raw:
+    """Opens a file.
 
     Args:
-        files: As of `fetch`, read in this order.
+        file: As of `fetch`.
         schema: Wanted columns and their types, as of `common.raw_text.conform_column`; numbers are read from
             the texts of a CSV. Further columns are not read; a wanted one that is absent is an error unless
             its name ends in "?", which makes it null.
-        scratch: Existing folder for temporary files; one a call.
+        converted: Parquet to write where the file is of another kind; it must stay as long as the frame.
 
     Raises:
-        ValueError: A file cannot be read, or lacks a column or has it in another type.
+        ValueError: The file cannot be read, or lacks a column or has it in another type.
     """
-    scratch.mkdir(exist_ok=True)
-    frames, rejected, repaired = [], [], 0
-    for number, file in enumerate(files):
-        if _kind(file.path) == ".parquet" and not _holds_json(file, schema):
-            frames.append(_scan(file, schema))
-            continue
-        target = scratch / f"{number}.converted.parquet"
-        bad, fixed = _convert(file, schema, target)
-        rejected += bad
-        repaired += fixed
-        frames.append(pl.scan_parquet(target, glob=False))
-    units = {"row" if _kind(file.path) == ".parquet" else "line" for file in files}
+    rejected, num_repaired = [], 0
+    if _kind(file.path) == ".parquet" and not _holds_json(file, schema):
+        frame = _scan(file, schema)
+    else:
+        rejected, num_repaired = _convert(file, schema, converted)
+        frame = pl.scan_parquet(converted, glob=False)
     return Raw(
-        frame=pl.concat(frames),
+        frame=frame,
         rejected=pl.DataFrame(rejected, schema=REJECTED_SCHEMA, orient="row"),
-        num_repaired=repaired,
-        names=tuple(file.name for file in files),
-        row_unit=" or ".join(sorted(units, reverse=True)),
+        num_repaired=num_repaired,
+        names=(file.name,),
+        row_units=frozenset({"row" if _kind(file.path) == ".parquet" else "line"}),
     )
 
 
@@ -138,7 +150,7 @@ def merge(raws: Sequence[Raw], frames: Sequence[pl.LazyFrame]) -> Raw:
         rejected=pl.concat(raw.rejected for raw in raws),
         num_repaired=sum(raw.num_repaired for raw in raws),
         names=tuple(name for raw in raws for name in raw.names),
-        row_unit=" or ".join(sorted({u for raw in raws for u in raw.row_unit.split(" or ")}, reverse=True)),
+        row_units=frozenset().union(*(raw.row_units for raw in raws)),
     )
 
 
@@ -223,18 +235,12 @@ def _kind(path: Path) -> str:
     return kind
 
 
-def _check_file(path: Path) -> None:
-    _kind(path)
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty; get the file again")
-
-
 def _from_hub(name: str, target: Path) -> Path:
     """The train split of a hub data set as Parquet."""
     if not HUB_ID.fullmatch(name) or name.endswith((*KINDS, *COMPRESSIONS)):
         raise ValueError(
             f"{name} does not exist; expected a file, a folder or a hub id OWNER/NAME: put it there, or name "
-            "another with --input"
+            "another"
         )
     import datasets  # slow to import, and only hub ids need it
 

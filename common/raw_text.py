@@ -53,7 +53,10 @@ def _conform(value: object, kind: pl.DataType, name: str) -> tuple[object, bool]
             return [part for part, _ in parts], any(fixed for _, fixed in parts)
     elif isinstance(kind, pl.Struct):
         if isinstance(value, dict):
-            parts = {f.name: _conform(value.get(f.name), f.dtype, f"{name}.{f.name}") for f in kind.fields}
+            if absent := [f.name for f in kind.fields if f.name not in value]:
+                found = ", ".join(map(str, value)) or "nothing"
+                raise BadRowError("missing field", f"{name} has {found[:60]}, but no {', '.join(absent)}")
+            parts = {f.name: _conform(value[f.name], f.dtype, f"{name}.{f.name}") for f in kind.fields}
             return {n: part for n, (part, _) in parts.items()}, any(fixed for _, fixed in parts.values())
     elif kind == pl.String:
         if isinstance(value, str):
@@ -69,11 +72,13 @@ Row = tuple[int, dict[str, object], BadRowError | None]
 
 
 def json_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]:
-    """Each line that is not blank, numbered from 1."""
+    """Each line that is not blank, numbered from 1; ValueError where the file is a JSON list."""
     with _open_binary(path) as file:
         for line, data in enumerate(file, start=1):
             if not data.strip():
                 continue
+            if line == 1 and data.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                raise ValueError(f"{path} begins with a list; expected one JSON object a line (JSON lines)")
             try:
                 values = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
             except UnicodeDecodeError as error:

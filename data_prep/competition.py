@@ -17,7 +17,7 @@ import polars as pl
 
 from common.competition_files import open_competition, read_competition
 from common.console import cli, say
-from common.data_manifest import is_made, made_of, write_made
+from common.data_manifest import check_output, is_made, made_of, write_made
 from common.exclude import exclude_hashes, without_prompts
 from common.pairs import LABELS, is_labelled, labels_array
 from common.raw_files import fetch
@@ -52,8 +52,7 @@ class Args:
             raise ValueError(f"--folds is {self.folds}; expected 0 (no folds) or 2 to {MAX_FOLDS}")
         if not self.source:
             raise ValueError("--source is empty; expected a name such as " + SOURCE)
-        if self.output.suffix != ".parquet":
-            raise ValueError(f"--output is {self.output}; expected a name that ends in .parquet")
+        check_output(self.output)
 
 
 def main(args: Args) -> None:
@@ -73,7 +72,6 @@ def main(args: Args) -> None:
     kept, dropped = without_prompts(frame, args.exclude)
     if args.folds and kept.select(is_labelled().any()).item():
         kept = with_folds(kept, num_folds=args.folds)
-    say(str(report))
     write_made(args.output, kept, report, wanted=wanted, dropped=dropped)
     sizes = kept["fold"].drop_nulls().value_counts().sort("fold")["count"].to_list()
     folds = f"folds of {', '.join(map(str, sizes))}" if sizes else "no folds"

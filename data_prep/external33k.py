@@ -1,25 +1,34 @@
 """The 33k external votes, in either published form -> comparisons, one a prompt.
 
-In    data/lmsys-33k-deduplicated.csv : the 21k votes in the competition's columns; or the original votes
-      (lmsys/chatbot_arena_conversations: question_id, winner, conversation_a, conversation_b)
+In    data/lmsys-33k-deduplicated.csv : the 21k votes in the competition's columns; or the original votes,
+      data/chatbot_arena_conversations (question_id, winner, conversation_a, conversation_b)
 Out   artifacts/data/arena33k.parquet (`common.pairs.SCHEMA`) and its manifest
-Run   python data_prep/external33k.py          (33,000 votes: under a minute)
+Run   python data_prep/external33k.py --exclude artifacts/data/arena55k.parquet
+      (33,000 votes: under a minute; without --exclude prompts of held-out votes may be trained on)
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import polars as pl
 
 from common.competition_files import COLUMNS, MODELS, id_order, to_comparisons
-from common.console import cli, say
-from common.conversations import MESSAGES, alternates, assistant_turns, stable_key, user_turns
-from common.data_manifest import is_made, made_of, write_made
+from common.console import cli
+from common.conversations import (
+    MESSAGES,
+    NOT_ALTERNATING,
+    alternates,
+    assistant_turns,
+    stable_key,
+    user_turns,
+)
+from common.data_folder import find_raw
+from common.data_manifest import check_output, is_made, made_of, write_made
 from common.exclude import exclude_hashes, without_prompts
 from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport
-from common.raw_files import Raw, RawFile, check_raw, column_names, fetch, merge, open_raw, reading
+from common.raw_files import Raw, RawFile, check_raw, column_names, fetch, merge, open_file, reading
 
 SOURCE = "arena33k"
 DEDUPLICATED = COLUMNS | dict.fromkeys(LABELS, pl.Float64())
@@ -32,7 +41,6 @@ ORIGINAL = {
 }
 WINNERS = {"model_a": 0, "model_b": 1, "tie": 2, "tie (bothbad)": 2}
 """What the original votes say -> index of `LABELS`."""
-NOT_ALTERNATING = "a conversation does not go user, assistant, user, ..., assistant"
 OTHER_USER_TURNS = "user turns differ between A and B"
 REPEATED_PROMPT = "prompt stands in an earlier vote"
 
@@ -41,8 +49,9 @@ REPEATED_PROMPT = "prompt stands in an earlier vote"
 class Args:
     """The 33k external votes into a comparison table."""
 
-    input: tuple[str, ...] = ("data/lmsys-33k-deduplicated.csv",)
-    """Parquet, CSV or JSON lines files (also .gz, .zst), folders of them, or hub ids OWNER/NAME."""
+    input: tuple[str, ...] = ()
+    """Parquet, CSV or JSON lines files (also .gz, .zst), folders of them, or hub ids OWNER/NAME; none:
+    data/lmsys-33k-deduplicated.csv, or else data/chatbot_arena_conversations."""
     output: Path = Path("artifacts/data/arena33k.parquet")
     """Comparison Parquet to write."""
     exclude: tuple[Path, ...] = ()
@@ -53,13 +62,13 @@ class Args:
     """Replace an output that was made from something else."""
 
     def __post_init__(self) -> None:
-        if self.output.suffix != ".parquet":
-            raise ValueError(f"--output is {self.output}; expected a name that ends in .parquet")
+        check_output(self.output)
 
 
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        files = fetch(args.input, Path(folder))
+        published = find_raw(Path("data"), "lmsys-33k-deduplicated", "chatbot_arena_conversations")
+        files = fetch(args.input or (str(published or "data/lmsys-33k-deduplicated.csv"),), Path(folder))
         wanted = made_of(files, {"exclude": exclude_hashes(args.exclude)}, [Path(__file__)])
         if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
@@ -67,7 +76,6 @@ def main(args: Args) -> None:
     kept = first_of_each_prompt(frame)
     table, excluded = without_prompts(kept, args.exclude)
     dropped |= {REPEATED_PROMPT: len(frame) - len(kept)} | excluded
-    say(str(report))
     write_made(args.output, table, report, wanted=wanted, dropped=dropped)
 
 
@@ -92,11 +100,16 @@ def open_votes(files: Sequence[RawFile], scratch: Path) -> Raw:
         if not is_original and not set(TEXTS) & set(found):
             raise ValueError(
                 f"{file.name} has the columns {', '.join(found) or 'none'}; expected "
-                f"{', '.join(DEDUPLICATED)}, or {', '.join(ORIGINAL)}"
+                f"{_listed(DEDUPLICATED)}, or {_listed(ORIGINAL)}"
             )
-        raws.append(open_raw([file], ORIGINAL if is_original else DEDUPLICATED, scratch / f"votes-{i}"))
+        schema = ORIGINAL if is_original else DEDUPLICATED
+        raws.append(open_file(file, schema, scratch / f"votes-{i}.parquet"))
         frames.append(_from_original(raws[-1].frame) if is_original else _from_deduplicated(raws[-1].frame))
     return merge(raws, frames)
+
+
+def _listed(schema: Mapping[str, pl.DataType]) -> str:
+    return ", ".join(name for name in schema if not name.endswith("?"))
 
 
 def read_votes(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, ReadReport, dict[str, int]]:

@@ -40,6 +40,7 @@ from common.competition_files import open_competition, read_competition
 from common.console import cli, say, show_table
 from common.conversations import stable_key
 from common.data_folder import LEAK_COLUMNS, find_tables, is_leak_table
+from common.data_manifest import check_output
 from common.near_duplicates import jaccard, near_pairs, shingles
 from common.pairs import SCHEMA, read_comparisons, write_comparisons
 from common.raw_files import fetch
@@ -79,12 +80,11 @@ class Args:
     def __post_init__(self) -> None:
         if not 0.2 <= self.near_threshold <= 1:
             raise ValueError(f"--near-threshold is {self.near_threshold}; expected 0.2 to 1")
-        if self.output.suffix != ".parquet":
-            raise ValueError(f"--output is {self.output}; expected a name that ends in .parquet")
+        check_output(self.output)
 
 
 def main(args: Args) -> None:
-    check_output(args.output, args.input)
+    check_replaceable(args.output, args.input)
     tables = args.input or tuple(path for path in find_tables(DATA) if path not in TESTS)
     if not tables:
         raise ValueError(f"{DATA} holds no table but those to answer; make one with just prep")
@@ -102,7 +102,7 @@ def main(args: Args) -> None:
         raise ValueError(f"--fail-on {' '.join(args.fail_on)}: pairs were found, {pairs}; see {args.output}")
 
 
-def check_output(output: Path, inputs: tuple[Path, ...]) -> None:
+def check_replaceable(output: Path, inputs: tuple[Path, ...]) -> None:
     """ValueError where the output would replace something that this script did not write."""
     if output.resolve() in {path.resolve() for path in inputs}:
         raise ValueError(f"{output} is both --input and --output; name another --output")
@@ -333,7 +333,7 @@ def write_leaks(leaks: pl.DataFrame, tables: tuple[Path, ...], output: Path, *, 
     """Writes the listed comparisons as they stand in their tables; with none, no file stays."""
     if leaks.is_empty():
         output.unlink(missing_ok=True)
-        say(f"no comparison to take out; {output} is not written")
+        say(f"no comparison to take out: there is no {output}")
         return
     whole = [
         read_comparisons(path, skip_bad_rows=skip_bad_rows)[0]

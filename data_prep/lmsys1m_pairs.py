@@ -1,14 +1,15 @@
 """lmsys-chat-1m (single conversations) -> pairs of answers by two models to the same user turns, unlabelled.
 
-In    data/lmsys-chat-1m/ (the Parquet files of the hub) if it is there, else the hub itself; JSON lines too
+In    data/lmsys-chat-1m (a folder of the hub's Parquet files, or a file), or else the hub itself
 Out   artifacts/data/lmsys1m_pairs.parquet (`common.pairs.SCHEMA`) and its manifest; with --skip-bad-rows also
       lmsys1m_pairs.rejected.parquet
 Run   python data_prep/lmsys1m_pairs.py --exclude artifacts/data/arena55k.parquet ...  (or just prep)
 
-Conversations that do not alternate are left out. Of those with the same user turns and the same answers,
-whichever model gave them, one stays; then one for each model among those with the same user turns; these are
-paired off two by two, and an odd one is left over. Which one stays, who is its partner and who is A comes
-from hashes of ids and the seed: order of rows and files, threads and processes have no say.
+Conversations that do not alternate (because of a system message, say) are left out. Of those with the same
+user turns and the same answers, whichever model gave them, one stays; then one for each model among those
+with the same user turns; these are paired off two by two, and an odd one is left over. Which one stays, who
+is its partner and who is A comes from hashes of ids and the seed: order of rows and files, threads and
+processes have no say.
 """
 
 from dataclasses import dataclass
@@ -18,14 +19,22 @@ from tempfile import TemporaryDirectory
 import polars as pl
 
 from common.console import cli
-from common.conversations import MESSAGES, alternates, assistant_turns, seeded_order, stable_key, user_turns
-from common.data_manifest import is_made, made_of, write_made
-from common.exclude import exclude_hashes, prompt_keys
+from common.conversations import (
+    MESSAGES,
+    NOT_ALTERNATING,
+    alternates,
+    assistant_turns,
+    seeded_order,
+    stable_key,
+    user_turns,
+)
+from common.data_folder import find_raw
+from common.data_manifest import JOINED, check_output, is_made, made_of, write_made
+from common.exclude import EXCLUDED, exclude_hashes, prompt_keys
 from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, refuse_bad_rows
 from common.raw_files import Raw, fetch, open_raw, reading
 
 SOURCE = "lmsys1m"
-FOLDER = Path("data/lmsys-chat-1m")
 HUB_ID = "lmsys/lmsys-chat-1m"
 INPUT_SCHEMA = {"conversation_id": pl.String, "model": pl.String, "conversation": MESSAGES}
 KEYS = ("prompt_key", "reply_key")
@@ -38,7 +47,8 @@ class Args:
     """Single conversations into pairs of answers."""
 
     input: tuple[str, ...] = ()
-    """Parquet or JSON lines files, folders of them, hub ids; none: data/lmsys-chat-1m, or else the hub."""
+    """Parquet, CSV or JSON lines files (also .gz, .zst), folders of them, or hub ids OWNER/NAME; none:
+    data/lmsys-chat-1m, or else the hub."""
     output: Path = Path("artifacts/data/lmsys1m_pairs.parquet")
     """Comparison Parquet to write."""
     exclude: tuple[Path, ...] = ()
@@ -51,12 +61,11 @@ class Args:
     """Replace an output that was made of something else."""
 
     def __post_init__(self) -> None:
-        if self.output.suffix != ".parquet":
-            raise ValueError(f"--output is {self.output}; expected a name that ends in .parquet")
+        check_output(self.output)
 
 
 def main(args: Args) -> None:
-    names = args.input or (str(FOLDER) if FOLDER.is_dir() else HUB_ID,)
+    names = args.input or (str(find_raw(Path("data"), "lmsys-chat-1m") or HUB_ID),)
     with TemporaryDirectory(prefix="lmsys1m-") as scratch:
         files = fetch(names, Path(scratch))
         parameters = {"seed": args.seed, "exclude": exclude_hashes(args.exclude)}
@@ -202,16 +211,16 @@ def choose_pairs(
     paired = placed.filter(pl.col("place") < pl.col("num_models") // 2 * 2)
     kept = paired.filter(~pl.col("prompt_key").is_in(excluded.implode()))
     steps = {
-        "not alternating": (light, regular),
+        NOT_ALTERNATING: (light, regular),
         "repeated conversation": (regular, different),
         "model already in the group": (different, of_models),
         "left without a partner": (of_models, paired),
-        "prompt excluded": (paired, kept),
+        EXCLUDED: (paired, kept),
     }
     dropped = {reason: len(before) - len(after) for reason, (before, after) in steps.items()}
     is_a = pl.col("place") % 2 == 0
     numbered = kept.select("index", "conversation_id", "model", pair=is_a.cum_sum(), is_a=is_a)
-    return numbered, dropped | {"joined to its partner": len(kept) // 2}
+    return numbered, dropped | {JOINED: len(kept) // 2}
 
 
 def gather(frame: pl.LazyFrame, chosen: pl.DataFrame, scratch: Path) -> pl.DataFrame:

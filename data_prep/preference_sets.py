@@ -2,7 +2,7 @@
 
 In    data/<name of a set> as downloaded from the hub (file or folder), or else the hub itself
 Out   artifacts/data/preference_sets.parquet (`common.pairs.SCHEMA`, score_a, score_b) and its manifest
-Run   python data_prep/preference_sets.py      (about 130,000 pairs: a few minutes)
+Run   python data_prep/preference_sets.py --exclude artifacts/data/arena55k.parquet
       python data_prep/preference_sets.py --input data/capybara.parquet mine=data/train-00000.parquet
 
 User turns form the prompt, assistant turns the two answers; a system message before them is left out, as the
@@ -18,9 +18,10 @@ from pathlib import Path
 
 import polars as pl
 
-from common.console import cli, say
+from common.console import cli
 from common.conversations import (
     MESSAGES,
+    NOT_ALTERNATING,
     alternates,
     assistant_turns,
     seeded_order,
@@ -29,27 +30,18 @@ from common.conversations import (
     user_turns,
     without_system,
 )
-from common.data_manifest import is_made, made_of, write_made
+from common.data_folder import PREFERENCE_SETS, find_raw
+from common.data_manifest import check_output, is_made, made_of, write_made
 from common.exclude import exclude_hashes, without_prompts
 from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.raw_files import PLACES, Raw, RawFile, check_raw, fetch, merge, open_raw, reading
+from common.raw_files import PLACES, Raw, RawFile, check_raw, fetch, merge, open_file, reading
 
-SOURCES = {
-    "capybara": "argilla/Capybara-Preferences",  # *_rating (whole), *_model; several turns
-    "pku_saferlhf": "RLHFlow/PKU-SafeRLHF-30K-standard",  # *_score
-    "argilla_math": "RLHFlow/Argilla-Math-DPO-standard",  # *_score
-    "code_ultrafeedback": "RLHFlow/CodeUltraFeedback-standard",  # *_score
-    "helpsteer": "RLHFlow/Helpsteer-preference-standard",  # *_score
-}
-"""Short name, which becomes the column `source` -> hub id."""
 SCHEMA_IN = {
     "chosen": MESSAGES,
     "rejected": MESSAGES,
     **{f"{side}_{what}?": pl.Float64() for side in ("chosen", "rejected") for what in ("score", "rating")},
     **{f"{side}_model?": pl.String() for side in ("chosen", "rejected")},
 }
-ENDINGS = ("", ".parquet", ".csv", ".csv.gz", ".csv.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst")
-NOT_ALTERNATING = "a chat does not go user, assistant, user, ..., assistant"
 OTHER_SYSTEM = "system messages differ between chosen and rejected"
 OTHER_USER_TURNS = "user turns differ between chosen and rejected"
 IDENTICAL = "identical answers"
@@ -75,8 +67,7 @@ class Args:
     """Replace an output that was made from something else."""
 
     def __post_init__(self) -> None:
-        if self.output.suffix != ".parquet":
-            raise ValueError(f"--output is {self.output}; expected a name that ends in .parquet")
+        check_output(self.output)
 
 
 def main(args: Args) -> None:
@@ -84,7 +75,7 @@ def main(args: Args) -> None:
         sets = fetch_sets(args.input or default_inputs(Path("data")), Path(folder))
         parameters = {
             "seed": args.seed,
-            "sources": sorted([source, str(file.describe()["sha256"])] for source, file in sets),
+            "sources": sorted([source, str(file.description["sha256"])] for source, file in sets),
             "exclude": exclude_hashes(args.exclude),
         }
         wanted = made_of([file for _, file in sets], parameters, [Path(__file__)])
@@ -93,18 +84,13 @@ def main(args: Args) -> None:
         raw = open_sets(sets, Path(folder))
         frame, report, dropped = read_sets(raw, seed=args.seed, skip_bad_rows=args.skip_bad_rows)
     table, excluded = without_prompts(frame, args.exclude)
-    say(str(report))
     write_made(args.output, table, report, wanted=wanted, dropped=dropped | excluded)
 
 
 def default_inputs(data: Path) -> tuple[str, ...]:
     """The five sets: a file or folder of the set's name below `data`, else the hub id."""
-    found = []
-    for short, hub in SOURCES.items():
-        names = (short, hub.split("/")[1])
-        places = [data / f"{name}{ending}" for name in names for ending in ENDINGS]
-        found.append(next((str(place) for place in places if place.exists()), hub))
-    return tuple(found)
+    sets = PREFERENCE_SETS.items()
+    return tuple(str(find_raw(data, short, hub.split("/")[1]) or hub) for short, hub in sets)
 
 
 def source_of(name: str) -> tuple[str, str]:
@@ -116,7 +102,7 @@ def source_of(name: str) -> tuple[str, str]:
     if given and not Path(name).exists():
         return given[1], given[2]
     stem = re.sub(r"(\.(parquet|csv|jsonl|ndjson|json))?(\.(gz|zst))?$", "", Path(name).resolve().name)
-    return next((short for short, hub in SOURCES.items() if hub.split("/")[1] == stem), stem), name
+    return next((short for short, hub in PREFERENCE_SETS.items() if hub.split("/")[1] == stem), stem), name
 
 
 def fetch_sets(inputs: Sequence[str], scratch: Path) -> list[tuple[str, RawFile]]:
@@ -150,7 +136,7 @@ def open_sets(sets: Sequence[tuple[str, RawFile]], scratch: Path) -> Raw:
     Raises:
         ValueError: A file cannot be read, or lacks a column or has it in another type.
     """
-    raws = [open_raw([file], SCHEMA_IN, scratch / f"set-{i}") for i, (_, file) in enumerate(sets)]
+    raws = [open_file(file, SCHEMA_IN, scratch / f"set-{i}.parquet") for i, (_, file) in enumerate(sets)]
     return merge(raws, [_compared(raw.frame, source) for raw, (source, _) in zip(raws, sets, strict=True)])
 
 

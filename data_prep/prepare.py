@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.console import cli, say, show_table
+from common.data_folder import PREFERENCE_SETS, find_raw
 from common.data_manifest import manifest_path
 from common.files import read_json
 
@@ -29,53 +30,40 @@ class Source(NamedTuple):
 
     table: str
     script: str
-    raw: tuple[str, ...]
-    """Names below data/, files or folders; of alternatives ("a|b") the first that is there."""
+    raw: tuple[tuple[str, ...], ...]
+    """Names below data/ of all parts, for each those that it may have."""
     hub: tuple[str, ...] = ()
-    """Where --hub looks for those that are not there, one a name."""
+    """Where --hub looks for the parts that are not there, one a part."""
     flags: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     """Tables whose prompts are left out here."""
 
 
 SOURCES = (
-    Source("arena55k", "competition.py", ("train.csv",), ("lmarena-ai/arena-human-preference-55k",)),
+    Source("arena55k", "competition.py", (("train",),), ("lmarena-ai/arena-human-preference-55k",)),
     Source(
         "arena33k",
         "external33k.py",
-        ("lmsys-33k-deduplicated.csv|chatbot_arena_conversations|chatbot_arena_conversations.parquet",),
+        (("lmsys-33k-deduplicated", "chatbot_arena_conversations"),),
         ("lmsys/chatbot_arena_conversations",),
         exclude=("arena55k",),
     ),
-    Source("test", "competition.py", ("test.csv",), flags=("--source", "test", "--folds", "0")),
+    Source("test", "competition.py", (("test",),), flags=("--source", "test", "--folds", "0")),
     Source(
         "lmsys1m_pairs",
         "lmsys1m_pairs.py",
-        ("lmsys-chat-1m",),
+        (("lmsys-chat-1m",),),
         ("lmsys/lmsys-chat-1m",),
         exclude=("arena55k", "arena33k"),
     ),
     Source(
         "preference_sets",
         "preference_sets.py",
-        (
-            "Capybara-Preferences",
-            "PKU-SafeRLHF-30K-standard",
-            "Argilla-Math-DPO-standard",
-            "CodeUltraFeedback-standard",
-            "Helpsteer-preference-standard",
-        ),
-        (
-            "argilla/Capybara-Preferences",
-            "RLHFlow/PKU-SafeRLHF-30K-standard",
-            "RLHFlow/Argilla-Math-DPO-standard",
-            "RLHFlow/CodeUltraFeedback-standard",
-            "RLHFlow/Helpsteer-preference-standard",
-        ),
+        tuple((short, hub.split("/")[1]) for short, hub in PREFERENCE_SETS.items()),
+        tuple(PREFERENCE_SETS.values()),
         exclude=("arena55k", "arena33k"),
     ),
 )
-ENDINGS = ("", ".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +76,8 @@ class Args:
     """Tree of everything made; the tables go to <artifacts>/data."""
     hub: bool = False
     """Fetch what is not in the folder from the Hugging Face hub."""
+    exclude: tuple[Path, ...] = ()
+    """Further tables (a list of leaks, say) whose prompts are left out of all but arena55k and test."""
     skip_bad_rows: bool = False
     """Leave bad rows out and list them beside the table, instead of stopping."""
     overwrite: bool = False
@@ -98,16 +88,21 @@ def main(args: Args) -> None:
     output = args.artifacts / "data"
     rows, num_found = [], 0
     for source in SOURCES:
-        inputs = find_inputs(source, args)
+        inputs, missing = find_inputs(source, args)
         table = output / f"{source.table}.parquet"
+        if missing:
+            names = ", ".join(" or ".join(part) for part in missing)
+            way_out = "; --hub would fetch it" if source.hub else ""
+            say(f"{source.table}: not in {args.data}: {names}{way_out}")
         if not inputs:
-            say(f"{source.table}: none of {', '.join(source.raw)} in {args.data}; --hub would fetch it")
             rows.append((source.table, "raw files missing"))
             continue
         num_found += 1
-        rows.append((source.table, make(source, inputs, table, args)))
+        made = make(source, inputs, table, args)
+        parts = f", of {len(inputs)} of {len(source.raw)} sets" if missing else ""
+        rows.append((source.table, f"{made}{parts}"))
     if not num_found:
-        names = ", ".join(name for source in SOURCES for name in source.raw)
+        names = ", ".join(" or ".join(part) for source in SOURCES for part in source.raw)
         raise ValueError(f"{args.data} holds none of {names}; docs/data.md says where they are published")
     run("summary.py", "--output", output, "--input", *existing(output))
     show_table(
@@ -117,27 +112,26 @@ def main(args: Args) -> None:
     )
 
 
-def find_inputs(source: Source, args: Args) -> list[str]:
-    """The raw files of a table that are there, and with --hub the ids of the others."""
-    found = []
+def find_inputs(source: Source, args: Args) -> tuple[list[str], list[tuple[str, ...]]]:
+    """What is there of a table's raw files, with --hub the ids of the others; and the parts that are not."""
+    found, missing = [], []
     for i, names in enumerate(source.raw):
-        places = [args.data / f"{name}{ending}" for name in names.split("|") for ending in ENDINGS]
-        here = next((str(place) for place in places if place.exists()), None)
-        if here is None and args.hub and source.hub:
-            here = source.hub[i]
-        found += [here] if here else []
-    return found
+        here = find_raw(args.data, *names)
+        if here is not None:
+            found.append(str(here))
+        elif args.hub and source.hub:
+            found.append(source.hub[i])
+        else:
+            missing.append(names)
+    return found, missing
 
 
 def make(source: Source, inputs: list[str], table: Path, args: Args) -> str:
     """Runs a source's script; says whether it made something."""
     before = manifest_path(table).stat().st_mtime_ns if manifest_path(table).is_file() else None
-    exclude = [table.with_name(f"{name}.parquet") for name in source.exclude]
-    flags = (
-        ["--exclude", *(path for path in exclude if path.is_file())]
-        if any(map(Path.is_file, exclude))
-        else []
-    )
+    tables = [table.with_name(f"{name}.parquet") for name in source.exclude]
+    exclude = [path for path in tables if path.is_file()] + list(args.exclude if source.exclude else ())
+    flags = ["--exclude", *exclude] if exclude else []
     flags += ["--skip-bad-rows"] * args.skip_bad_rows + ["--overwrite"] * args.overwrite
     began = time.monotonic()
     run(source.script, "--input", *inputs, "--output", table, *source.flags, *flags)

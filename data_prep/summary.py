@@ -21,7 +21,7 @@ import polars as pl
 from common.console import cli, progress, say, show_table
 from common.conversations import stable_key
 from common.data_folder import find_tables
-from common.data_manifest import manifest_path
+from common.data_manifest import JOINED, manifest_path
 from common.files import read_json, write_json
 from common.models.zoo import find_checkpoint
 from common.pairs import TEXTS, is_labelled, labels_array, read_comparisons
@@ -237,7 +237,7 @@ def _column(found: Mapping) -> dict[str, str]:
     if found["read"] is not None:
         column["rows read"] = f"{found['read']:,}"
         column |= {f"bad: {reason}": f"{-count:,}" for reason, count in found["rejected"].items()}
-        column |= {f"dropped: {reason}": f"{-count:,}" for reason, count in found["dropped"].items()}
+        column |= {f"dropped: {reason}": f"{-count:,}" for reason, count in found["dropped"].items() if count}
     column["kept"] = f"{found['kept']:,}"
     column["different prompts"] = f"{found['prompts']:,}"
     column["labelled"] = f"{found['labels']['labelled']:,}"
@@ -263,14 +263,7 @@ def draw(
     folder: Path, tables: Mapping[str, Mapping], arrays: Mapping[str, Mapping], conversation_tokens: int
 ) -> list[str]:
     """Draws what there is to draw; returns the pictures' names."""
-    rows = {
-        name: {
-            "kept": found["kept"],
-            **{part: sum((found[part] or {}).values()) for part in ("dropped", "rejected")},
-        }
-        for name, found in tables.items()
-    }
-    kept_rows(folder / "summary-rows.png", rows)
+    kept_rows(folder / "summary-rows.png", {name: _rows_of(found) for name, found in tables.items()})
     character_lengths(
         folder / "summary-characters.png", {name: found["characters"] for name, found in arrays.items()}
     )
@@ -287,6 +280,17 @@ def draw(
         lengths(folder / "summary-tokens.png", panels)
         names.append("summary-tokens.png")
     return names
+
+
+def _rows_of(found: Mapping) -> dict[str, int]:
+    """Raw rows by what became of them; one that is the second half of a comparison was kept."""
+    dropped = dict(found["dropped"] or {})
+    joined = dropped.pop(JOINED, 0)
+    return {
+        "kept": found["kept"] + joined,
+        "dropped": sum(dropped.values()),
+        "rejected": sum((found["rejected"] or {}).values()),
+    }
 
 
 if __name__ == "__main__":

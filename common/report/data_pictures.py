@@ -25,16 +25,17 @@ WHITE = "#ffffff"
 
 
 def kept_rows(path: Path, tables: Mapping[str, Mapping[str, int]]) -> None:
-    """Rows kept, dropped on purpose and rejected as bad, a bar a table.
+    """Shares of the rows read that were kept, dropped on purpose and rejected as bad, a bar a table.
 
     Args:
         path: PNG to write.
-        tables: Name -> {"kept", "dropped", "rejected"}, numbers of rows.
+        tables: Name -> {"kept", "dropped", "rejected"}, numbers of rows, not all 0.
     """
     parts = {"kept": (BLUE, ""), "dropped": (ORANGE, "//"), "rejected": (WHITE, "xx")}
-    values = {name: [counts[part] for part in parts] for name, counts in tables.items()}
-    notes = {name: f"{counts['kept']:,} kept" for name, counts in tables.items()}
-    _bars(path, parts, values, notes, "rows")
+    totals = {name: sum(counts[part] for part in parts) for name, counts in tables.items()}
+    values = {name: [counts[part] / totals[name] for part in parts] for name, counts in tables.items()}
+    notes = {name: f"{counts['kept']:,} of {totals[name]:,} kept" for name, counts in tables.items()}
+    _bars(path, parts, values, notes, "share of the rows read")
 
 
 def label_shares(path: Path, tables: Mapping[str, Sequence[float]]) -> None:
@@ -58,8 +59,9 @@ def character_lengths(path: Path, tables: Mapping[str, np.ndarray]) -> None:
         path: PNG to write.
         tables: Name -> characters of prompt and both answers, [comparisons].
     """
-    top = max(values.max(initial=1) for values in tables.values())
-    edges = np.geomspace(1, max(top, 10) * 1.01, 49)
+    low = min(max(values.min(), 1) for values in tables.values())
+    top = max(values.max() for values in tables.values())
+    edges = np.geomspace(low, max(top, 10 * low) * 1.01, 49)
     with matplotlib.rc_context(STYLE):
         figure = new_figure(0.5 + 1.75 * len(tables))
         rows = figure.subplots(len(tables), 1, sharex=True, squeeze=False)[:, 0]
@@ -69,6 +71,7 @@ def character_lengths(path: Path, tables: Mapping[str, np.ndarray]) -> None:
             panel.stairs(counts, edges, color=BLUE, linewidth=0.8)
             panel.axvline(np.median(values), ymax=0.72, color=VERMILLION, linestyle="--", linewidth=1.6)
             panel.set(title=shortened(name, 40), xscale="log", ylim=(0, 1.45 * max(counts.max(), 1)))
+            panel.set_ylabel("comparisons")
             note = f"median {np.median(values):,.0f}"
             panel.text(0.99, 0.97, note, transform=panel.transAxes, ha="right", va="top", size=11)
             panel.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3, integer=True))

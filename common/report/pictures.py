@@ -246,8 +246,9 @@ def lengths(path: Path, runs: Mapping[str, Mapping[str, object]]) -> None:
             panel.set_title(shortened(name, 40))
             panel.set_ylim(0, 1.55 * max(*found["counts"], 1))
             panel.text(0.99, 0.97, found["note"], transform=panel.transAxes, ha="right", va="top", size=11)
-            panel.yaxis.set_major_locator(MaxNLocator(3))
-        rows[-1].set_xlabel("tokens a sequence (dashed: budget)")
+            panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+            panel.set_ylabel("sequences")
+        rows[-1].set_xlabel("tokens a sequence, markup too (dashed: budget of the conversation in it)")
         save(figure, path)
 
 

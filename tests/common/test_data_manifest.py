@@ -8,7 +8,7 @@ import pytest
 
 from common.data_manifest import is_made, made_of, manifest_path, write_made
 from common.pairs import REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.raw_files import RawFile
+from common.raw_files import fetch
 
 TABLE = pl.DataFrame(
     [["1", "s", None, None, ["p"], ["a"], ["b"], 1.0, 0.0, 0.0, None]], schema=SCHEMA, orient="row"
@@ -17,7 +17,7 @@ TABLE = pl.DataFrame(
 
 def wanted(folder: Path, text: str = "raw", **parameters: object) -> dict:
     (folder / "raw.csv").write_text(text)
-    return made_of([RawFile("raw.csv", folder / "raw.csv")], parameters, [Path(__file__)])
+    return made_of(fetch([str(folder / "raw.csv")], folder), parameters, [Path(__file__)])
 
 
 def written(folder: Path, rejected: int = 0) -> Path:
@@ -50,10 +50,10 @@ def test_only_the_same_bytes_and_flags_are_up_to_date(tmp_path):
     renamed["inputs"][0]["name"] = "elsewhere.csv"
     assert made(output, renamed)
     for other, message in (
-        (wanted(tmp_path, seed=2), "parameters"),
-        (wanted(tmp_path, "other", seed=1), "inputs"),
+        (wanted(tmp_path, seed=2), "made with seed 1; here it is seed 2"),
+        (wanted(tmp_path, "other", seed=1), "made from other files than .*raw.csv"),
     ):
-        with pytest.raises(ValueError, match=f"made with {message} .*--overwrite"):
+        with pytest.raises(ValueError, match=f"{message}; pass --overwrite"):
             made(output, other)
         assert not made(output, other, overwrite=True)
 

@@ -9,7 +9,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from common.raw_files import RawFile, column_names, fetch, open_raw
+from common.conversations import MESSAGES
+from common.raw_files import column_names, fetch, open_raw
 
 SCHEMA = {"id": pl.String(), "turns": pl.List(pl.String()), "score?": pl.Float64()}
 ROWS = [
@@ -51,7 +52,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
         assert frame.drop("file", "row").rows(named=True) == ROWS, path
         assert frame["file"].to_list() == [str(path)] * 2
         assert raw.rejected.is_empty()
-        assert {"id", "turns", "score"} <= set(column_names(RawFile(str(path), path)))
+        assert {"id", "turns", "score"} <= set(column_names(fetch([str(path)], tmp_path)[0]))
     frame, raw = opened(tmp_path / "in", tmp_path)
     assert raw.names == (str(tmp_path / "in" / "a.parquet"),), "of a folder, the Parquets"
     assert raw.row_unit == "row"
@@ -184,6 +185,25 @@ def test_a_column_of_another_type_names_both(tmp_path, turns):
     pl.DataFrame({"id": ["1"], "turns": turns}).write_parquet(tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"column turns is .*, expected List\(String\)"):
         opened(tmp_path / "a.parquet", tmp_path)
+
+
+def test_a_message_without_content_is_a_bad_row(tmp_path):
+    schema = {"chat": MESSAGES}
+    good = {"role": "user", "content": None, "more": 1}
+    rows = [{"chat": [good]}, {"chat": [good, {"role": "assistant", "text": "x"}]}, {"chat": [{}]}]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    raw = open_raw(fetch([str(tmp_path / "a.jsonl")], tmp_path), schema, tmp_path)
+    assert len(raw.frame.collect()) == 1
+    assert raw.rejected.select("row", "reason", "detail").rows() == [
+        (2, "missing field", "chat[1] has role, text, but no content"),
+        (3, "missing field", "chat[0] has nothing, but no role, content"),
+    ]
+
+
+def test_a_json_list_is_told(tmp_path):
+    (tmp_path / "a.json").write_text('[\n{"id": "1"}\n]')
+    with pytest.raises(ValueError, match=r"a\.json begins with a list; expected one JSON object a line"):
+        opened(tmp_path / "a.json", tmp_path)
 
 
 def test_no_input_and_a_file_that_is_not_there(tmp_path):

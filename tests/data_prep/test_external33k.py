@@ -214,12 +214,12 @@ def test_exclude_up_to_date_and_other_flags(tmp_path, capsys):
     main(Args(**args, exclude=(other,)))
     assert "up to date" in capsys.readouterr().out
     assert args["output"].stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="made with parameters"):
+    with pytest.raises(ValueError, match=r"made with exclude [0-9a-f]{12}; here it is exclude none"):
         main(Args(**args))
 
 
 def test_neither_form_and_nothing_comparable_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="has the columns a; expected id, "):
+    with pytest.raises(ValueError, match="has the columns a; expected id, prompt, response_a, "):
         read(write(tmp_path / "x.jsonl", [{"a": 1}]), tmp_path / "s")
     rows = [vote(a=chat("Hi"))]
     with pytest.raises(ValueError, match="none of the 1 votes can be compared"):

@@ -174,7 +174,7 @@ def test_as_a_look_at_every_pair(tmp_path_factory, tables, test, threshold, betw
     folder = tmp_path_factory.mktemp("leaks")
     names = "tsu"  # not in the order of the alphabet: the order of the files decides
     frames = [
-        table([one(str(i), *row) for i, row in enumerate(rows)], source)
+        table([one(f"{i:02}", *row) for i, row in enumerate(rows)], source)
         for source, rows in zip(names, tables, strict=False)
     ]
     path = None

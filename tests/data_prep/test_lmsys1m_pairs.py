@@ -15,9 +15,9 @@ from helpers import make_comparisons, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.conversations import MESSAGES
-from common.data_manifest import manifest_path
-from common.exclude import prompt_keys
+from common.conversations import MESSAGES, NOT_ALTERNATING
+from common.data_manifest import JOINED, manifest_path
+from common.exclude import EXCLUDED, prompt_keys
 from common.files import read_json
 from common.pairs import REJECTED_SCHEMA, SCHEMA, content_hashes, read_comparisons, write_comparisons
 from common.raw_files import Raw
@@ -27,12 +27,12 @@ from data_prep.lmsys1m_pairs import INPUT_SCHEMA, Args, choose_pairs, gather, ma
 SCRIPT = "data_prep/lmsys1m_pairs.py"
 SEED = 42
 REASONS = [
-    "not alternating",
+    NOT_ALTERNATING,
     "repeated conversation",
     "model already in the group",
     "left without a partner",
-    "prompt excluded",
-    "joined to its partner",
+    EXCLUDED,
+    JOINED,
 ]
 PYTHON_TYPES = {"conversation_id": pl.String, "model": pl.String, "conversation": MESSAGES}
 
@@ -55,7 +55,7 @@ def as_raw(rows: list[tuple], num_files: int = 1) -> Raw:
         rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
         num_repaired=0,
         names=tuple(f"{i}.parquet" for i in range(num_files)),
-        row_unit="row",
+        row_units=frozenset({"row"}),
     )
 
 
@@ -363,7 +363,7 @@ def test_a_run_writes_a_table_and_a_manifest_and_is_then_up_to_date(tmp_path, ca
     counts = read_json(manifest_path(output))["counts"]
     assert list(counts["dropped"]) == REASONS
     assert counts["read"] - sum(counts["dropped"].values()) == counts["kept"] == len(frame)
-    assert counts["dropped"]["prompt excluded"] > 0
+    assert counts["dropped"][EXCLUDED] > 0
 
     before = output.stat().st_mtime_ns
     capsys.readouterr()
@@ -464,7 +464,7 @@ def test_other_mistakes(tmp_path):
     source = write(tmp_path / "in.parquet", GOOD)
     with pytest.raises(ValueError, match=r"--exclude .*absent\.parquet is not a file"):
         run_main(tmp_path, source, exclude=(tmp_path / "absent.parquet",))
-    with pytest.raises(ValueError, match="has no column prompt, expected"):
+    with pytest.raises(ValueError, match="the column prompt is not there, expected"):
         run_main(tmp_path, source, exclude=(source,))
     with pytest.raises(ValueError, match=r"ends in .parquet"):
         Args(output=Path("x.csv"))

@@ -254,7 +254,7 @@ def test_exclude_and_up_to_date(tmp_path, capsys):
     assert read_comparisons(args.output)[0]["prompt"].to_list() == [["q"]]
     main(args)
     assert "up to date" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="parameters"):
+    with pytest.raises(ValueError, match="made with seed 42; here it is seed 1"):
         main(Args(input=args.input, output=args.output, exclude=(other,), seed=1))
 
 

@@ -5,8 +5,9 @@ import json
 import polars as pl
 import pytest
 from helpers import make_comparisons
+from samples import chat
 
-from common.pairs import read_comparisons
+from common.pairs import read_comparisons, write_comparisons
 from data_prep import leak_check, prepare
 
 
@@ -61,7 +62,8 @@ def test_everything_is_made_once_in_order(tmp_path, capfd, monkeypatch):
     seen = {tuple(prompt) for prompt in votes["prompt"].to_list()}
     for table in (pairs, further):
         assert len(table) and not seen & {tuple(prompt) for prompt in table["prompt"].to_list()}
-    assert "preference_sets: none of Capybara-Preferences, " in said and "raw files missing" in said
+    assert "preference_sets: not in " in said and "raw files missing" in said
+    assert "helpsteer or Helpsteer-preference-standard; --hub would fetch it" in said
     monkeypatch.chdir(tmp_path)
     leak_check.main(leak_check.Args(fail_on=("fold",)))
     assert "test.csv and arena55k" in capfd.readouterr().out, "the three rows to answer are of train.csv here"
@@ -75,7 +77,7 @@ def test_everything_is_made_once_in_order(tmp_path, capfd, monkeypatch):
 
 
 def test_nothing_to_make(tmp_path):
-    with pytest.raises(ValueError, match=r"holds none of train\.csv, .*docs/data\.md"):
+    with pytest.raises(ValueError, match=r"holds none of train, .*docs/data\.md"):
         prepare.main(prepare.Args(data=tmp_path, artifacts=tmp_path / "artifacts"))
 
 
@@ -92,7 +94,29 @@ def test_the_hub_takes_the_place_of_what_is_not_there(tmp_path):
     (tmp_path / "Capybara-Preferences.parquet").touch()
     source = prepare.SOURCES[-1]
     args = prepare.Args(data=tmp_path, hub=True)
-    found = prepare.find_inputs(source, args)
+    found, missing = prepare.find_inputs(source, args)
     assert found[0] == str(tmp_path / "Capybara-Preferences.parquet") and len(found) == 5
-    assert found[1] == "RLHFlow/PKU-SafeRLHF-30K-standard"
-    assert len(prepare.find_inputs(source, prepare.Args(data=tmp_path))) == 1
+    assert found[1] == "RLHFlow/PKU-SafeRLHF-30K-standard" and not missing
+    found, missing = prepare.find_inputs(source, prepare.Args(data=tmp_path))
+    assert len(found) == 1 and len(missing) == 4
+
+
+def test_a_list_of_leaks_stays_out_of_the_other_tables_and_a_set_that_is_missing_is_told(tmp_path, capfd):
+    write_raw(tmp_path / "data")
+    rows = [
+        {"chosen": chat("the lazy dog", a), "rejected": chat("the lazy dog", b)} for a, b in ("12", "34")
+    ] + [{"chosen": chat("fox", "1"), "rejected": chat("fox", "2")}]
+    (tmp_path / "data/Capybara-Preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = {"data": tmp_path / "data", "artifacts": tmp_path / "artifacts"}
+    prepare.main(prepare.Args(**args))
+    said = capfd.readouterr().out
+    assert "preference_sets: not in" in said and "of 1 of 5 sets" in said
+    table = tmp_path / "artifacts/data/preference_sets.parquet"
+    leaks = read_comparisons(table)[0].filter(pl.col("prompt").list.first() == "fox")
+    write_comparisons(leaks, tmp_path / "leaks.parquet")
+    with pytest.raises(ValueError, match="status 1"):
+        prepare.main(prepare.Args(**args, exclude=(tmp_path / "leaks.parquet",)))
+    assert "here it is exclude" in capfd.readouterr().err, "other tables are not replaced unasked"
+    prepare.main(prepare.Args(**args, exclude=(tmp_path / "leaks.parquet",), overwrite=True))
+    assert read_comparisons(table)[0]["prompt"].explode().unique().to_list() == ["the lazy dog"]
+    assert len(read_comparisons(tmp_path / "artifacts/data/arena55k.parquet")[0]) == 60
