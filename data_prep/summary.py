@@ -24,7 +24,7 @@ from common.data_folder import find_tables
 from common.data_manifest import JOINED, manifest_path
 from common.files import read_json, write_json
 from common.models.zoo import find_checkpoint
-from common.pairs import TEXTS, is_labelled, labels_array, read_comparisons
+from common.pairs import LABELS, TEXTS, is_labelled, labels_array, read_comparisons
 from common.prompts import Prompter, load_tokenizer
 from common.report.data_pictures import character_lengths, kept_rows, label_shares
 from common.report.pictures import lengths
@@ -198,20 +198,38 @@ def count_overlap(prompts: pl.DataFrame) -> list[dict[str, object]]:
 
 
 def show(tables: Mapping[str, Mapping], overlap: list[dict[str, object]], conversation_tokens: int) -> None:
-    """Prints everything: a terminal's width holds a column a table."""
-    names = list(tables)
-    for start in range(0, len(names), 5):
-        part = names[start : start + 5]
-        columns = [_column(tables[name]) for name in part]
-        lines = list(dict.fromkeys(line for column in columns for line in column))
-        lines.sort(key=_line_order)
-        show_table(
-            "comparison tables",
-            ("", *part),
-            [(line, *(column.get(line) for column in columns)) for line in lines],
+    """Prints everything, a line a table."""
+    rows = [
+        (name, *(_number(value) for value in (f["read"], f["kept"], f["prompts"], f["num_models"])))
+        for name, f in tables.items()
+    ]
+    show_table("comparison tables", ("table", "rows read", "kept", "prompts", "models"), rows)
+    reasons = [
+        (name, f"{what}: {reason}", f"{-count:,}")
+        for name, found in tables.items()
+        for part, what in (("rejected", "bad"), ("dropped", "dropped"))
+        for reason, count in (found[part] or {}).items()
+        if count
+    ]
+    if reasons:
+        show_table("rows not kept", ("table", "why", "rows"), reasons)
+    rows = [
+        (name, _number(found["labels"]["labelled"]), *_percentages(found["labels"]["shares"]))
+        for name, found in tables.items()
+    ]
+    show_table("votes", ("table", "labelled", "A %", "B %", "tie %"), rows)
+    lengths = [
+        (name, what, f"{n['mean']:,.2f}" if what == "turns" else f"{n['mean']:,.0f}", *_quantiles(n))
+        for name, found in tables.items()
+        for what, n in _lengths(found).items()
+    ]
+    show_table("lengths of a comparison", ("table", "of what", "mean", "median", "95 %", "most"), lengths)
+    if cut := {name: found["tokens"] for name, found in tables.items() if "tokens" in found}:
+        rows = [(name, f"{n['comparisons_cut']:.2%}", f"{n['tokens_cut']:.2%}") for name, n in cut.items()]
+        title = (
+            f"cut by a budget of {conversation_tokens:,} tokens a conversation (tokens: of a PAB sequence)"
         )
-    if any("tokens" in found for found in tables.values()):
-        say(f"tokens: one sequence with markup; cut: by a budget of {conversation_tokens:,} a conversation")
+        show_table(title, ("table", "comparisons", "tokens"), rows)
     models = [(name, *_most_often(found["models"])) for name, found in tables.items() if found["models"]]
     if models:
         show_table("models most often met", ("table", "1st", "2nd", "3rd"), models)
@@ -220,43 +238,30 @@ def show(tables: Mapping[str, Mapping], overlap: list[dict[str, object]], conver
         show_table("prompts in common", ("sources", "prompts"), rows)
 
 
+def _number(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _percentages(shares: list[float] | None) -> list[str | None]:
+    return [f"{100 * share:.1f}" for share in shares] if shares else [None] * len(LABELS)
+
+
+def _lengths(found: Mapping) -> dict[str, Mapping]:
+    characters = {f"characters, {part}": numbers for part, numbers in found["characters"].items()}
+    return {
+        "turns": found["turns"],
+        **characters,
+        **({"tokens": found["tokens"]} if "tokens" in found else {}),
+    }
+
+
+def _quantiles(numbers: Mapping[str, float]) -> tuple[str, str, str]:
+    return f"{numbers['median']:,.0f}", f"{numbers['p95']:,.0f}", f"{numbers['max']:,}"
+
+
 def _most_often(models: Mapping[str, int]) -> list[str | None]:
     named = [f"{name} ({count:,})" for name, count in list(models.items())[:3]]
     return [*named, None, None, None][:3]
-
-
-def _line_order(line: str) -> int:
-    """Rows read, why not kept, kept, the rest: whatever reasons the tables have, in one order."""
-    starts = ("rows read", "bad: ", "dropped: ", "kept", "")
-    return next(i for i, start in enumerate(starts) if line.startswith(start))
-
-
-def _column(found: Mapping) -> dict[str, str]:
-    """What is shown of one table, by the name of the line."""
-    column = {}
-    if found["read"] is not None:
-        column["rows read"] = f"{found['read']:,}"
-        column |= {f"bad: {reason}": f"{-count:,}" for reason, count in found["rejected"].items()}
-        column |= {f"dropped: {reason}": f"{-count:,}" for reason, count in found["dropped"].items() if count}
-    column["kept"] = f"{found['kept']:,}"
-    column["different prompts"] = f"{found['prompts']:,}"
-    column["labelled"] = f"{found['labels']['labelled']:,}"
-    if shares := found["labels"]["shares"]:
-        column["A / B / tie, %"] = " / ".join(f"{100 * share:.1f}" for share in shares)
-    parts = {"turns": found["turns"], **{f"{k} chars": v for k, v in found["characters"].items()}}
-    if "tokens" in found:
-        parts["tokens"] = found["tokens"]
-    for name, numbers in parts.items():
-        mean = f"{numbers['mean']:,.2f}" if name == "turns" else f"{numbers['mean']:,.0f}"
-        column[f"{name}: mean"] = mean
-        column[f"{name}: median, 95 %, most"] = (
-            f"{numbers['median']:,.0f}, {numbers['p95']:,.0f}, {numbers['max']:,}"
-        )
-    if "tokens" in found:
-        column["comparisons cut"] = f"{found['tokens']['comparisons_cut']:.2%}"
-        column["tokens cut"] = f"{found['tokens']['tokens_cut']:.2%}"
-    column["different models"] = f"{found['num_models']:,}"
-    return column
 
 
 def draw(

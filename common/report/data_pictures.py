@@ -12,6 +12,7 @@ from common.report.pictures import (
     BLUE,
     CLASS_NAMES,
     GREY,
+    ON_GRID,
     ORANGE,
     SKY,
     STYLE,
@@ -88,7 +89,7 @@ def _bars(
     notes: Mapping[str, str],
     unit: str,
 ) -> None:
-    """Stacked bars, a table a row, its name and note above; `parts` are name -> (colour, hatch)."""
+    """Stacked bars of shares, a table a row, its name and note above; `parts` are name -> (colour, hatch)."""
     with matplotlib.rc_context(STYLE):
         figure = new_figure(1.2 + 0.62 * len(tables))
         axes = figure.subplots()
@@ -109,7 +110,7 @@ def _bars(
             for part, (color, hatch) in parts.items()
         ]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(parts))
-        axes.set(xlabel=unit, yticks=[], ylim=(len(tables) - 0.5, -0.6))
+        axes.set(xlabel=unit, yticks=[], xlim=(0, 1), ylim=(len(tables) - 0.5, -0.6))
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
         axes.xaxis.set_major_formatter(_thousands())
         axes.spines["left"].set_visible(False)
@@ -120,8 +121,9 @@ def _bars(
 def _above(axes: Axes, y: float, left: str, right: str) -> None:
     """Two texts at the ends of a row."""
     across = axes.get_yaxis_transform()
-    axes.text(0, y, left, va="bottom", transform=across)
-    axes.text(1, y, right, va="bottom", ha="right", transform=across)
+    above = {"va": "bottom", "transform": across, "path_effects": ON_GRID}
+    axes.text(0, y, left, **above)
+    axes.text(1, y, right, ha="right", **above)
 
 
 def _thousands() -> FuncFormatter:

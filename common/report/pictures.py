@@ -53,6 +53,8 @@ STYLE = {
     "figure.facecolor": "white",
     "text.parse_math": False,  # names are data: a dollar sign is one
 }
+ON_GRID = [withStroke(linewidth=4, foreground="white")]
+"""Of text that the lines of the grid do not cross."""
 
 
 def reliability(path: Path, groups: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -248,7 +250,7 @@ def lengths(path: Path, runs: Mapping[str, Mapping[str, object]]) -> None:
             panel.text(0.99, 0.97, found["note"], transform=panel.transAxes, ha="right", va="top", size=11)
             panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
             panel.set_ylabel("sequences")
-        rows[-1].set_xlabel("tokens a sequence, markup too (dashed: budget of the conversation in it)")
+        rows[-1].set_xlabel("tokens a sequence, with markup\n(dashed: budget of the conversation in it)")
         save(figure, path)
 
 
@@ -270,7 +272,7 @@ def _dot_row(axes: Axes, y: float, name: str, value: float, low: float, high: fl
     above = {
         "va": "bottom",
         "transform": across,
-        "path_effects": [withStroke(linewidth=4, foreground="white")],
+        "path_effects": ON_GRID,
     }
     axes.text(0, y - 0.1, shortened(name, 36), **above)
     axes.text(1, y - 0.1, f"{value:.4f}", ha="right", **above)
