@@ -40,7 +40,7 @@ def open_competition(files: Sequence[RawFile], source: str, scratch: Path) -> Ra
 
 def _schema_of(file: RawFile) -> dict[str, pl.DataType]:
     found = column_names(file)
-    is_voted_on = any(name in found for name in LABELS)
+    is_voted_on = any(name in found for name in LABELS) and not file.is_json_lines
     columns = COLUMNS | {f"{name}{'' if is_voted_on else '?'}": pl.Float64() for name in LABELS}
     used = {name.removesuffix("?") for name in columns}
     if used & set(found) and (others := [name for name in found if name not in used]):

@@ -31,7 +31,7 @@ def find_tables(folder: Path) -> tuple[Path, ...]:
     """The comparison tables of a folder, by name; lists of leaks and of rejected rows are left out.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or a Parquet cannot be read.
     """
     tables = tuple(
         path
@@ -51,8 +51,13 @@ def is_leak_table(path: Path) -> bool:
 
 
 def columns_of(path: Path) -> dict[str, pl.DataType]:
-    """Columns and types of a Parquet; none where it cannot be read as one."""
+    """Columns and types of a Parquet.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
     try:
-        return dict(pl.read_parquet_schema(path))
-    except (OSError, pl.exceptions.PolarsError):
-        return {}
+        return dict(pl.scan_parquet(path, glob=False, hive_partitioning=False).collect_schema())
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} cannot be read as a Parquet: {first_line}; make it again") from error

@@ -5,19 +5,22 @@ become a temporary Parquet first, row by row, so that a bad row is named by its 
 code path.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import NamedTuple
 
 import polars as pl
 import pyarrow.parquet as pq
 
 from common.competition_csv import BadRowError
+from common.conversations import stable_key
 from common.files import file_hash
-from common.pairs import REJECTED_SCHEMA, ReadReport, check_rows
+from common.pairs import LABELS, REJECTED_SCHEMA, TEXTS, ReadReport, check_rows
 from common.raw_text import (
     absent_columns,
     conform_column,
@@ -47,6 +50,11 @@ class RawFile(NamedTuple):
     def name(self) -> str:
         """As in the description."""
         return str(self.description["name"])
+
+    @property
+    def is_json_lines(self) -> bool:
+        """Whether its rows may have different columns."""
+        return _kind(self.path) not in (".parquet", ".csv")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,17 +99,33 @@ def fetch(inputs: Sequence[str], scratch: Path) -> tuple[RawFile, ...]:
         raise ValueError("no input was given; name files or a hub id (OWNER/NAME) with --input")
     found: list[tuple[str, Path]] = []
     for number, name in enumerate(inputs):
-        path = Path(name).expanduser()
+        path = _expanded(name)
         if path.is_dir():
             found += [(str(file), file) for file in _files_of(path)]
-        elif path.exists():
-            found.append((str(Path(name)), path))
+        elif path.exists() or path.is_symlink():
+            found.append((str(path), path))
         else:
             found.append((name, _from_hub(name, scratch / f"{number}.hub.parquet")))
     return tuple(_described(name, path) for name, path in found)
 
 
+def _expanded(name: str) -> Path:
+    """The path that a name stands for; "~" is a home folder unless there is a file of just that name."""
+    if not name:
+        raise ValueError("an --input is empty; name a file, a folder or a hub id OWNER/NAME")
+    try:
+        return Path(name) if os.path.lexists(name) else Path(name).expanduser()
+    except RuntimeError:  # no such user
+        return Path(name)
+
+
 def _described(name: str, path: Path) -> RawFile:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the file name {name!r} is not UTF-8, so no manifest holds it; rename it"
+        ) from error
     _kind(path)
     size = path.stat().st_size
     if size == 0:
@@ -162,7 +186,7 @@ def check_raw(
     notes: Mapping[str, int] | None = None,
     skip_bad_rows: bool = False,
 ) -> tuple[pl.DataFrame, ReadReport]:
-    """`common.pairs.check_rows` for rows of raw files.
+    """`common.pairs.check_rows` for rows of raw files; of rows with one key the same stays in any row order.
 
     Args:
         raw: Where they come from; its unreadable rows join the report.
@@ -172,11 +196,13 @@ def check_raw(
         skip_bad_rows: Leave bad rows out instead of failing.
 
     Returns:
-        The good rows without `PLACES`, and the report.
+        The good rows without `PLACES`, sorted by source and id, and the report.
 
     Raises:
         ValueError: As of `check_rows`.
     """
+    content = [*map(stable_key, map(pl.col, TEXTS)), "model_a", "model_b", *LABELS]
+    rows = rows.sort("source", "id", *content, nulls_last=True)
     return check_rows(
         rows.drop(PLACES),
         rows.select(*PLACES),
@@ -189,7 +215,7 @@ def check_raw(
 
 
 def column_names(file: RawFile) -> list[str]:
-    """The columns of a file: of its schema, its header, or its first line that is a JSON object.
+    """The columns of a file: of its schema, its header, or of any of its JSON objects.
 
     Raises:
         ValueError: The file cannot be read.
@@ -199,18 +225,35 @@ def column_names(file: RawFile) -> list[str]:
             return _parquet_schema(file).names()
         case ".csv":
             return csv_header(file.path)
-    return next((list(values) for _, values, bad in json_rows(file.path, {}) if bad is None), [])
+    fields: dict[str, None] = {}
+    for _, values, _ in json_rows(file.path, {}):
+        fields |= dict.fromkeys(map(whole, values))
+    return list(fields)
 
 
 def _files_of(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    files = [file for file in files if not any(part[0] == "." for part in file.relative_to(folder).parts)]
+    """A folder's files, as `fetch` takes them; ValueError for what cannot be read, lest its rows be lost."""
+    files = sorted(_walk(folder))
     parquets = [file for file in files if file.suffix == ".parquet"]
     texts = [file for file in files if re.search(r"\.(csv|jsonl|ndjson)(\.gz|\.zst)?$", file.name)]
     found = parquets or texts
     if not found:
         raise ValueError(f"{folder} holds no Parquet, CSV or JSON lines file; name another folder or a file")
     return [file for file in found if file.name.startswith("train")] or found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files below a folder, through links, but for hidden ones; broken links too, which nobody can read."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        is_loop = os.path.realpath(where) in seen
+        seen.add(os.path.realpath(where))
+        folders[:] = [] if is_loop else [name for name in folders if name[0] != "."]
+        yield from (Path(where) / name for name in names if name[0] != "." and not is_loop)
 
 
 @contextmanager
@@ -220,6 +263,11 @@ def reading(inputs: Sequence[str]) -> Iterator[None]:
         yield
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        if "No space left" in first_line:
+            raise ValueError(
+                f"no space is left for temporary files in {gettempdir()}; free some, or set TMPDIR to "
+                "another folder"
+            ) from error
         raise ValueError(f"{', '.join(inputs)} cannot be read: {first_line}. Get the file again") from error
 
 
@@ -283,9 +331,9 @@ def _scan(file: RawFile, schema: Mapping[str, pl.DataType]) -> pl.LazyFrame:
         if not _fits(found[column], kind):
             raise ValueError(f"{file.name}: column {column} is {found[column]}, expected {kind}")
         columns.append(_taken(pl.col(column), found[column], kind).alias(column))
-    frame = pl.scan_parquet(file.path, glob=False, hive_partitioning=False)
+    frame = pl.scan_parquet(file.path, glob=False, hive_partitioning=False).select(columns)
     return frame.with_row_index("row").select(
-        *columns, pl.lit(file.name).alias("file"), pl.col("row").cast(pl.Int64)
+        pl.exclude("row"), pl.lit(file.name).alias("file"), pl.col("row").cast(pl.Int64)
     )
 
 
@@ -341,7 +389,7 @@ def _convert(file: RawFile, schema: Mapping[str, pl.DataType], target: Path) -> 
     columns = {wanted.removesuffix("?"): kind for wanted, kind in schema.items()}
     full = pl.Schema(columns | PLACES)
     writer = pq.ParquetWriter(target, pl.DataFrame(schema=full).to_arrow().schema, compression="zstd")
-    with writer:
+    with reading([file.name]), writer:
 
         def flush() -> None:
             if rows:

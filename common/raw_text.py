@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,7 +63,7 @@ def _conform(value: object, kind: pl.DataType, name: str) -> tuple[object, bool]
         if isinstance(value, str):
             repaired = whole(value)
             return repaired, repaired != value
-    elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER:
+    elif isinstance(value, int | float | Decimal) and not isinstance(value, bool) and abs(value) < MAX_NUMBER:
         return float(value), False
     raise BadRowError("wrong type", f"{name} is {str(value)[:60]!r}, expected {kind}")
 
@@ -73,12 +74,14 @@ Row = tuple[int, dict[str, object], BadRowError | None]
 
 def json_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]:
     """Each line that is not blank, numbered from 1; ValueError where the file is a JSON list."""
+    is_first = True
     with _open_binary(path) as file:
         for line, data in enumerate(file, start=1):
             if not data.strip():
                 continue
-            if line == 1 and data.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            if is_first and data.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
                 raise ValueError(f"{path} begins with a list; expected one JSON object a line (JSON lines)")
+            is_first = False
             try:
                 values = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
             except UnicodeDecodeError as error:
@@ -145,7 +148,7 @@ def parquet_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]
             for values in batch.to_pylist():
                 yield row, values, None
                 row += 1
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read: {error}; is it cut off? Get it again") from error
 
 

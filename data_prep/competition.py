@@ -65,7 +65,7 @@ def main(args: Args) -> None:
             "exclude": exclude_hashes(args.exclude),
         }
         wanted = made_of(files, parameters, [Path(__file__)])
-        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         raw = open_competition(files, args.source, Path(folder))
         frame, report = read_competition(raw, skip_bad_rows=args.skip_bad_rows)

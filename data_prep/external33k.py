@@ -70,7 +70,7 @@ def main(args: Args) -> None:
         published = find_raw(Path("data"), "lmsys-33k-deduplicated", "chatbot_arena_conversations")
         files = fetch(args.input or (str(published or "data/lmsys-33k-deduplicated.csv"),), Path(folder))
         wanted = made_of(files, {"exclude": exclude_hashes(args.exclude)}, [Path(__file__)])
-        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         frame, report, dropped = read_votes(open_votes(files, Path(folder)), skip_bad_rows=args.skip_bad_rows)
     kept = first_of_each_prompt(frame)
@@ -97,9 +97,9 @@ def open_votes(files: Sequence[RawFile], scratch: Path) -> Raw:
     for i, file in enumerate(files):
         found = column_names(file)
         is_original = "question_id" in found or "conversation_a" in found
-        if not is_original and not set(TEXTS) & set(found):
+        if found and not is_original and not set(TEXTS) & set(found):
             raise ValueError(
-                f"{file.name} has the columns {', '.join(found) or 'none'}; expected "
+                f"{file.name} has the columns {', '.join(found)}; expected "
                 f"{_listed(DEDUPLICATED)}, or {_listed(ORIGINAL)}"
             )
         schema = ORIGINAL if is_original else DEDUPLICATED

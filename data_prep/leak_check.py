@@ -2,7 +2,7 @@
 
 In    comparison tables (all of artifacts/data/ by default), data/test.csv if it is there
 Out   counts of pairs; artifacts/data/leaks.parquet: the comparisons to take out, why, and the other side
-Run   python data_prep/leak_check.py --fail-on fold          (250,000 prompts: minutes on 2 cores)
+Run   python data_prep/leak_check.py --fail-on fold          (240,000 prompts: a minute on 2 cores)
 
 Every pair of comparisons is counted once, as the first of these that holds:
 

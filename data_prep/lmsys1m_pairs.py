@@ -70,7 +70,7 @@ def main(args: Args) -> None:
         files = fetch(names, Path(scratch))
         parameters = {"seed": args.seed, "exclude": exclude_hashes(args.exclude)}
         wanted = made_of(files, parameters, [Path(__file__)])
-        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         raw = open_raw(files, INPUT_SCHEMA, Path(scratch))
         with reading(names):

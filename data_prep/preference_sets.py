@@ -73,13 +73,14 @@ class Args:
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sets = fetch_sets(args.input or default_inputs(Path("data")), Path(folder))
+        files = [file for _, file in sets]
         parameters = {
             "seed": args.seed,
             "sources": sorted([source, str(file.description["sha256"])] for source, file in sets),
             "exclude": exclude_hashes(args.exclude),
         }
-        wanted = made_of([file for _, file in sets], parameters, [Path(__file__)])
-        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        wanted = made_of(files, parameters, [Path(__file__)])
+        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         raw = open_sets(sets, Path(folder))
         frame, report, dropped = read_sets(raw, seed=args.seed, skip_bad_rows=args.skip_bad_rows)
@@ -159,15 +160,15 @@ def read_sets(
     """
     with reading(raw.names):
         rows = raw.frame.collect()
-    without_chat = _without_chat(rows)
-    rest = rows.filter(pl.col("left_out").is_null() & pl.col("has_chats"))
+    unusable = _unusable(rows)
+    rest = rows.filter(pl.col("left_out").is_null() & pl.col("is_usable"))
     different = _first_of_repeats(rest)
     reasons = (NOT_ALTERNATING, OTHER_SYSTEM, OTHER_USER_TURNS, IDENTICAL)
     dropped = {
         **{reason: int((rows["left_out"] == reason).sum()) for reason in reasons},
         REPEATED: len(rest) - len(different),
     }
-    if different.is_empty() and raw.rejected.is_empty() and without_chat.is_empty() and len(rows):
+    if different.is_empty() and raw.rejected.is_empty() and unusable.is_empty() and len(rows):
         raise ValueError(
             f"none of the {len(rows):,} rows can be compared: {dropped}; are these the right files?"
         )
@@ -178,7 +179,7 @@ def read_sets(
     frame, report = check_raw(
         raw,
         _with_sides(different, seed),
-        rejected=without_chat,
+        rejected=unusable,
         notes={note: count for note, count in notes.items() if count},
         skip_bad_rows=skip_bad_rows,
     )
@@ -193,17 +194,19 @@ def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
         *(system_message(side).alias(f"{side}_system") for side in sides),
     )
     has_chats = pl.all_horizontal(pl.col(sides).is_not_null())
+    scores = [pl.coalesce(f"{side}_score", f"{side}_rating") for side in sides]
+    is_usable = has_chats & pl.all_horizontal(score.is_finite().fill_null(True) for score in scores)
     prompts, answers = (
         [stable_key(turns(side)) for side in sides] for turns in (user_turns, assistant_turns)
     )
     left_out = (
-        pl.when(has_chats & ~pl.all_horizontal(map(alternates, sides)))
+        pl.when(is_usable & ~pl.all_horizontal(map(alternates, sides)))
         .then(pl.lit(NOT_ALTERNATING))
-        .when(has_chats & pl.col("chosen_system").ne_missing(pl.col("rejected_system")))
+        .when(is_usable & pl.col("chosen_system").ne_missing(pl.col("rejected_system")))
         .then(pl.lit(OTHER_SYSTEM))
-        .when(has_chats & (prompts[0] != prompts[1]))
+        .when(is_usable & (prompts[0] != prompts[1]))
         .then(pl.lit(OTHER_USER_TURNS))
-        .when(has_chats & (answers[0] == answers[1]))
+        .when(is_usable & (answers[0] == answers[1]))
         .then(pl.lit(IDENTICAL))
     )
     earlier = [stable_key(turns.list.head(turns.list.len() - 1)) for turns in map(assistant_turns, sides)]
@@ -212,12 +215,13 @@ def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
         *PLACES,
         user_turns("chosen").alias("prompt"),
         *(assistant_turns(side).alias(f"{side}_answers") for side in sides),
-        *(pl.coalesce(f"{side}_score", f"{side}_rating").alias(f"{side}_score") for side in sides),
+        *(score.alias(f"{side}_score") for score, side in zip(scores, sides, strict=True)),
         *(
             pl.when(pl.col(f"{side}_model") != "").then(f"{side}_model").alias(f"{side}_model")
             for side in sides
         ),
         has_chats=has_chats,
+        is_usable=is_usable,
         left_out=left_out,
         has_system=pl.col("chosen_system").is_not_null(),
         earlier_differs=earlier[0] != earlier[1],
@@ -229,7 +233,8 @@ def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
 
 def _first_of_repeats(rows: pl.DataFrame) -> pl.DataFrame:
     """One row an id, whatever the order of the rows; sorted by id."""
-    order = ["id", "source", "chosen_score", "rejected_score", "chosen_model", "rejected_model", *PLACES]
+    order = ["id", "source", "chosen_score", "rejected_score", "chosen_model", "rejected_model"]
+    order += ["has_system", "earlier_differs", *PLACES]
     return rows.sort(order, nulls_last=True).unique("id", keep="first", maintain_order=True)
 
 
@@ -259,13 +264,16 @@ def _with_sides(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
     ).select(*SCHEMA.names(), "score_a", "score_b", *PLACES)
 
 
-def _without_chat(rows: pl.DataFrame) -> pl.DataFrame:
-    """`REJECTED_SCHEMA` of the rows of which chosen or rejected is null."""
+def _unusable(rows: pl.DataFrame) -> pl.DataFrame:
+    """`REJECTED_SCHEMA` of the rows of which a chat is null, or a score is no number."""
+    no_chat = pl.lit("chosen or rejected is null, expected lists of {role, content}")
+    scores = pl.col("chosen_score", "rejected_score").cast(pl.String).fill_null("null")
+    no_number = pl.concat_str(pl.lit("found the scores"), scores, separator=" ")
     return (
-        rows.filter(~pl.col("has_chats"))
+        rows.filter(~pl.col("is_usable"))
         .with_columns(
-            reason=pl.lit("no chat"),
-            detail=pl.lit("chosen or rejected is null, expected lists of {role, content}"),
+            reason=pl.when("has_chats").then(pl.lit("wrong type")).otherwise(pl.lit("no chat")),
+            detail=pl.when("has_chats").then(no_number).otherwise(no_chat),
             id=pl.lit(None, pl.String),
         )
         .select(REJECTED_SCHEMA.names())

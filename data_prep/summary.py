@@ -18,21 +18,16 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from common.console import cli, progress, say, show_table
+from common.console import cli, say, show_table
 from common.conversations import stable_key
 from common.data_folder import find_tables
 from common.data_manifest import JOINED, manifest_path
 from common.files import read_json, write_json
-from common.models.zoo import find_checkpoint
 from common.pairs import LABELS, TEXTS, is_labelled, labels_array, read_comparisons
-from common.prompts import Prompter, load_tokenizer
 from common.report.data_pictures import character_lengths, kept_rows, label_shares
 from common.report.pictures import lengths
 
 DATA = Path("artifacts/data")
-ROWS_PER_CHUNK = 1_000
-NO_BUDGET = 2**40
-"""Tokens that no conversation has."""
 NUM_MODELS = 10
 NUM_BINS = 48
 
@@ -58,6 +53,8 @@ def main(args: Args) -> None:
     if args.checkpoint:
         # the tokenizer's own threads; set before its first batch, and only where nobody has decided
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        from common.token_lengths import count_tokens, load_prompters  # torch and all: seconds to import
+
         prompters = load_prompters(args.checkpoint, args.conversation_tokens)
     tables, arrays, prompts = {}, {}, []
     for path in args.input or find_tables(DATA):
@@ -144,30 +141,6 @@ def read_counts(path: Path, num_rows: int) -> dict[str, object]:
             "or delete the manifest if the table was changed on purpose"
         )
     return {name: counts[name] for name in ("read", "rejected", "dropped", "kept")}
-
-
-def load_prompters(checkpoint: str, conversation_tokens: int) -> tuple[Prompter, Prompter]:
-    """Prompters of one tokenizer: without a budget, and with it."""
-    tokenizer = load_tokenizer(find_checkpoint(checkpoint, weights=False))
-    whole, cut = (
-        Prompter(tokenizer, conversation_tokens=budget) for budget in (NO_BUDGET, conversation_tokens)
-    )
-    return whole, cut
-
-
-def count_tokens(frame: pl.DataFrame, whole: Prompter, cut: Prompter) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of each comparison as a PAB sequence, without a budget and with one; int64 [comparisons]."""
-    counts: list[tuple[int, int]] = []
-    with progress("tokenising", len(frame), "comparisons") as advance:
-        for start in range(0, len(frame), ROWS_PER_CHUNK):
-            texts = frame[start : start + ROWS_PER_CHUNK].select(TEXTS).rows()
-            for tokenised in whole.tokenise(texts):
-                rendered = cut.render(tokenised)
-                kept = len(rendered.input_ids)
-                counts.append((len(whole.render(tokenised).input_ids) if rendered.truncated else kept, kept))
-            advance(len(texts))
-    before, after = np.array(counts, dtype=np.int64).T
-    return before, after
 
 
 def describe_tokens(whole: np.ndarray, cut: np.ndarray) -> dict[str, object]:

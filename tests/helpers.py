@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 
 import polars as pl
 import torch
+import xxhash
 from transformers import (
     Gemma2Config,
     Gemma2ForSequenceClassification,
@@ -108,6 +109,12 @@ def make_comparisons(
             (f"{seed}-{i}", source, "m1", "m2", prompt, first, second, *labels, i % 5 if labelled else None)
         )
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+
+
+def key_of(turns: list[str | None]) -> bytes:
+    """`common.conversations.stable_key` of a list, in plain Python."""
+    text = "".join("n" if turn is None else f"{len(turn.encode())}:{turn}" for turn in turns)
+    return xxhash.xxh3_128_digest(text.encode())
 
 
 def read_competition_file(path: Path, *, source: str = "arena55k", skip_bad_rows: bool = False):

@@ -15,6 +15,14 @@ TABLE = pl.DataFrame(
 )
 
 
+NO_MANIFESTS = {
+    "json": "{",
+    "fields": '{"inputs": [1]}',
+    "deep": "[" * 9999,
+    "counts": '{"inputs": [], "parameters": {}, "counts": {"rejected": {"a": null}}}',
+}
+
+
 def wanted(folder: Path, text: str = "raw", **parameters: object) -> dict:
     (folder / "raw.csv").write_text(text)
     return made_of(fetch([str(folder / "raw.csv")], folder), parameters, [Path(__file__)])
@@ -29,7 +37,8 @@ def written(folder: Path, rejected: int = 0) -> Path:
 
 
 def made(output: Path, wanted: dict, *, overwrite: bool = False, skip_bad_rows: bool = False) -> bool:
-    return is_made(output, wanted, overwrite=overwrite, skip_bad_rows=skip_bad_rows)
+    files = fetch([str(output.with_name("raw.csv"))], output.parent)
+    return is_made(output, files, wanted, overwrite=overwrite, skip_bad_rows=skip_bad_rows)
 
 
 def test_counts_add_up_and_rejected_rows_come_and_go(tmp_path, capsys):
@@ -65,7 +74,7 @@ def test_other_code_makes_it_again_without_asking(tmp_path):
     )
 
 
-@pytest.mark.parametrize("damage", ["table", "manifest", "json", "fields"])
+@pytest.mark.parametrize("damage", ["table", "manifest", *NO_MANIFESTS])
 def test_what_was_changed_by_hand_is_replaced_only_when_told(tmp_path, damage):
     output = written(tmp_path)
     if damage == "table":
@@ -73,7 +82,7 @@ def test_what_was_changed_by_hand_is_replaced_only_when_told(tmp_path, damage):
     elif damage == "manifest":
         manifest_path(output).unlink()
     else:
-        manifest_path(output).write_text({"json": "{", "fields": '{"inputs": [1]}'}[damage])
+        manifest_path(output).write_text(NO_MANIFESTS[damage])
     with pytest.raises(ValueError, match="--overwrite"):
         made(output, wanted(tmp_path, seed=1))
     assert not made(output, wanted(tmp_path, seed=1), overwrite=True)
@@ -95,6 +104,36 @@ def test_a_table_made_without_bad_rows_is_up_to_date_only_where_they_may_be_skip
     assert made(output, wanted(tmp_path, seed=1)) and made(
         output, wanted(tmp_path, seed=1), skip_bad_rows=True
     )
+
+
+def test_a_side_file_that_is_not_what_was_written_is_made_again(tmp_path, capsys):
+    output = written(tmp_path, rejected=2)
+    side = tmp_path / "x.rejected.parquet"
+    side.unlink()
+    assert not made(output, wanted(tmp_path, seed=1), skip_bad_rows=True)
+    assert f"{side} is not what was written with {output}: making it again" in capsys.readouterr().out
+    written(tmp_path)
+    side.write_text("of a run that was killed")
+    assert not made(output, wanted(tmp_path, seed=1))
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.manifest.json", "x.rejected.parquet"])
+def test_an_input_a_folder_and_what_belongs_to_others_are_never_replaced(tmp_path, name):
+    inputs = wanted(tmp_path)
+    output, path = tmp_path / "x.parquet", tmp_path / name
+    path.mkdir()
+    with pytest.raises(ValueError, match=f"{name} is a folder"):
+        made(output, inputs, overwrite=True)
+    path.rmdir()
+    if path != output:
+        path.write_text("{}")
+        with pytest.raises(ValueError, match=f"{name} is there, but no .*x.parquet that it belongs to"):
+            made(output, inputs)
+        assert not made(output, inputs, overwrite=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path / "raw.csv")
+    with pytest.raises(ValueError, match=f"{name} is an input and would be replaced; name another --output"):
+        made(output, inputs, overwrite=True)
 
 
 @pytest.mark.parametrize("old", [False, True])

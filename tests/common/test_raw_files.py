@@ -201,9 +201,43 @@ def test_a_message_without_content_is_a_bad_row(tmp_path):
 
 
 def test_a_json_list_is_told(tmp_path):
-    (tmp_path / "a.json").write_text('[\n{"id": "1"}\n]')
+    (tmp_path / "a.json").write_text('\n [\n{"id": "1"}\n]')
     with pytest.raises(ValueError, match=r"a\.json begins with a list; expected one JSON object a line"):
         opened(tmp_path / "a.json", tmp_path)
+
+
+def test_nothing_of_a_folder_is_lost_silently(tmp_path):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    pl.DataFrame(ROWS).write_parquet(folder / "train-0.parquet")
+    pl.DataFrame(ROWS).write_parquet(elsewhere / "train-1.parquet")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(folder)
+    assert len(opened(folder, tmp_path)[0]) == 4
+    (folder / "train-2.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"train-2\.parquet is not a file"):
+        opened(folder, tmp_path)
+
+
+def test_a_column_called_row_or_file_is_no_obstacle(tmp_path):
+    frame = pl.DataFrame(ROWS).with_columns(row=pl.lit("x"), file=1)
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame, _ = opened(tmp_path / "a.parquet", tmp_path)
+    assert frame["row"].to_list() == [0, 1]
+
+
+def test_names_with_a_tilde_and_names_that_are_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pl.DataFrame(ROWS).write_parquet("~a.parquet")
+    assert len(opened("~a.parquet", tmp_path)[0]) == 2
+    with pytest.raises(ValueError, match=r"~nobody-of-this-name/x\.parquet does not exist"):
+        opened("~nobody-of-this-name/x.parquet", tmp_path)
+    Path("\udcff.parquet").write_bytes(Path("~a.parquet").read_bytes())
+    with pytest.raises(ValueError, match="is not UTF-8, so no manifest holds it"):
+        opened("\udcff.parquet", tmp_path)
+    with pytest.raises(ValueError, match="an --input is empty"):
+        opened("", tmp_path)
 
 
 def test_no_input_and_a_file_that_is_not_there(tmp_path):

@@ -162,7 +162,7 @@ PROMPTS = st.one_of(
 ROWS = st.tuples(PROMPTS, st.sampled_from("xyz"), st.sampled_from("xyz"), st.sampled_from([None, 0, 1]))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     tables=st.lists(st.lists(ROWS, min_size=1, max_size=20), min_size=1, max_size=3),
     test=st.lists(PROMPTS, max_size=3),

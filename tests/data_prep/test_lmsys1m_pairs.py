@@ -205,7 +205,7 @@ def check_exact(rows: list[tuple], excluded: list[list], seed: int) -> None:
     assert len(rows) - len(bad) - sum(counts) == len(frame)
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(rows=some_rows(), excluded=st.lists(PROMPT, max_size=2), seed=st.integers(0, 3))
 def test_exactly_as_the_slow_version(rows, excluded, seed):
     check_exact(rows, excluded, seed)

@@ -11,6 +11,7 @@ import datasets
 import polars as pl
 import pytest
 import xxhash
+from helpers import key_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_external33k import chat, repair, write
@@ -23,6 +24,9 @@ ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "preference_messages" / "chosen_rejected.jsonl"
 
 
+NAN, INF = float("nan"), float("inf")
+
+
 def pair(chosen: object, rejected: object, **more: object) -> dict:
     return {"chosen": chosen, "rejected": rejected, **more}
 
@@ -31,11 +35,6 @@ def read(inputs: list[str], scratch: Path, *, seed: int = 42, skip_bad_rows: boo
     scratch.mkdir(parents=True)
     raw = open_sets(fetch_sets(inputs, scratch), scratch)
     return read_sets(raw, seed=seed, skip_bad_rows=skip_bad_rows)
-
-
-def key_of(turns: list[str | None]) -> str:
-    text = "".join("n" if turn is None else f"{len(turn.encode())}:{turn}" for turn in turns)
-    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def slow(rows: list[dict], seed: int) -> tuple[dict[str, tuple], int, list[int], int]:
@@ -61,7 +60,7 @@ def slow(rows: list[dict], seed: int) -> tuple[dict[str, tuple], int, list[int],
         elif answers[0] == answers[1]:
             dropped[3] += 1
         else:
-            key = key_of([key_of(users[0]), key_of(answers[0]), key_of(answers[1])])
+            key = key_of([key_of(turns).hex() for turns in (users[0], *answers)]).hex()
             scores = (row.get("chosen_score"), row.get("rejected_score"))
             dropped[4] += key in found
             found.setdefault(key, []).append((users[0], answers, scores))
@@ -111,7 +110,7 @@ ROWS = st.builds(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(rows=st.lists(ROWS, min_size=1, max_size=14), seed=st.integers(0, 3))
 def test_random_rows_equal_a_slow_reader(tmp_path_factory, rows, seed):
     folder = tmp_path_factory.mktemp("sets")
@@ -231,6 +230,10 @@ def test_a_hub_set_and_its_file_give_the_same_table(tmp_path, monkeypatch):
         (pair([{"role": "user", "content": ["x"]}], chat("a", "b")), "wrong type: chosen[0].content"),
         (pair(chat("a", "b"), chat("a", "c"), chosen_score="5"), "wrong type: chosen_score"),
         ({"chosen": chat("a", "b")}, "missing field: rejected"),
+        (
+            pair(chat("a", "b"), chat("a", "c"), chosen_score=NAN),
+            "wrong type: chosen_score is 'nan'",
+        ),
     ],
 )
 def test_a_bad_row_stops_the_script_or_lands_in_a_side_file(tmp_path, row, message):
@@ -243,6 +246,17 @@ def test_a_bad_row_stops_the_script_or_lands_in_a_side_file(tmp_path, row, messa
     main(Args(**args, skip_bad_rows=True))
     assert len(pl.read_parquet(tmp_path / "x.rejected.parquet")) == 1
     assert len(read_comparisons(args["output"])[0]) == 1
+
+
+def test_scores_that_are_no_numbers_are_bad_in_a_parquet_too(tmp_path):
+    rows = [pair(chat("q", "1"), chat("q", "2"), chosen_score=score) for score in (1.0, INF, NAN)]
+    pl.DataFrame(rows).write_parquet(tmp_path / "x.parquet")
+    frame, report, _ = read([str(tmp_path / "x.parquet")], tmp_path / "s", skip_bad_rows=True)
+    assert frame.select("score_a", "score_b").row(0) in ((1.0, None), (None, 1.0))
+    assert report.rejected.select("row", "reason", "detail").rows() == [
+        (1, "wrong type", "found the scores inf null"),
+        (2, "wrong type", "found the scores NaN null"),
+    ]
 
 
 def test_exclude_and_up_to_date(tmp_path, capsys):

@@ -11,7 +11,8 @@ from matplotlib.image import imread
 
 from common.pairs import write_comparisons
 from common.prompts import Prompter
-from data_prep.summary import Args, count_overlap, count_tokens, describe_tokens, main, read_counts, summarise
+from common.token_lengths import count_tokens
+from data_prep.summary import Args, count_overlap, describe_tokens, main, read_counts, summarise
 
 BUDGET = 130
 PICTURES = {"summary-rows.png", "summary-labels.png", "summary-characters.png"}
