@@ -60,4 +60,4 @@ def columns_of(path: Path) -> dict[str, pl.DataType]:
         return dict(pl.scan_parquet(path, glob=False, hive_partitioning=False).collect_schema())
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as a Parquet: {first_line}; make it again") from error
+        raise ValueError(f"{path} cannot be read as a Parquet: {first_line}; remove or remake it") from error

@@ -252,7 +252,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         is_loop = os.path.realpath(where) in seen
         seen.add(os.path.realpath(where))
-        folders[:] = [] if is_loop else [name for name in folders if name[0] != "."]
+        folders[:] = [] if is_loop else sorted(name for name in folders if name[0] != ".")
         yield from (Path(where) / name for name in names if name[0] != "." and not is_loop)
 
 
