@@ -27,7 +27,7 @@ import numpy as np
 import polars as pl
 
 from common.console import cli, say, show_table
-from common.pairs import LABELS, TEXTS
+from common.data.table import LABELS, TEXTS
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "data_prep"

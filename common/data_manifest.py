@@ -9,15 +9,9 @@ from pathlib import Path
 import polars as pl
 
 from common.console import say, show_table
+from common.data.sources.frames import RawFile
+from common.data.table import ReadReport, check_writable, table_hash, write_rejected, writing_table
 from common.files import file_hash, read_json, text_hash, write_json
-from common.pairs import ReadReport, check_writable, table_hash, write_rejected, writing_table
-from common.raw_files import RawFile
-
-READERS = (
-    *("competition_csv.py", "competition_files.py", "conversations.py", "exclude.py"),
-    *("pairs.py", "raw_files.py", "raw_text.py"),
-)
-
 
 JOINED = "joined to its partner"
 """What became of a row that is the second half of a comparison: among the dropped, though not lost."""
@@ -39,7 +33,7 @@ def made_of(
         parameters: Flags that change the result.
         code: Source files whose change makes the table out of date, beside those of `common` that read rows.
     """
-    code = [*code, *(Path(__file__).with_name(name) for name in READERS)]
+    code = [*code, *sorted(Path(__file__).with_name("data").rglob("*.py"))]
     return {
         "inputs": [file.description for file in files],
         "parameters": dict(parameters),

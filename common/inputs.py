@@ -6,10 +6,10 @@ from typing import Literal
 import polars as pl
 
 from common.console import say
+from common.data.table import content_hashes, read_comparisons, write_rejected
 from common.files import file_hash, read_json, text_hash
-from common.pairs import content_hashes, read_comparisons, write_rejected
 from common.prompts import INSTRUCTION
-from common.recipe import Execution
+from common.train.recipe import Execution
 
 Seen = Literal["refuse", "drop"]
 

@@ -4,8 +4,8 @@ import numpy as np
 import polars as pl
 
 from common.console import progress
+from common.data.table import TEXTS
 from common.models.zoo import find_checkpoint
-from common.pairs import TEXTS
 from common.prompts import Prompter, load_tokenizer
 
 ROWS_PER_CHUNK = 1_000

@@ -2,7 +2,7 @@
 
 In    data/train.csv as published: UTF-8, every text column a JSON list with one string or null a turn; or the
       same columns as Parquet, JSON lines or a hub data set
-Out   artifacts/data/arena55k.parquet (`common.pairs.SCHEMA`), in id order, and its manifest; with
+Out   artifacts/data/arena55k.parquet (`common.data.table.SCHEMA`), in id order, and its manifest; with
       --skip-bad-rows also arena55k.rejected.parquet
 Run   python data_prep/competition.py          (57,477 rows: under a minute, under 2 GB)
 """
@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from common.competition_files import open_competition, read_competition
 from common.console import cli, say
+from common.data.sources.exclude import exclude_hashes, without_prompts
+from common.data.sources.frames import fetch
+from common.data.sources.votes import open_competition, read_competition
+from common.data.table import LABELS, is_labelled, labels_array
 from common.data_manifest import check_output, is_made, made_of, write_made
-from common.exclude import exclude_hashes, without_prompts
-from common.pairs import LABELS, is_labelled, labels_array
-from common.raw_files import fetch
 
 SOURCE = "arena55k"
 MAX_FOLDS = 127

@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from common.console import cli, say
+from common.data.table import LABELS
 from common.files import file_hash, read_json, replacing, replacing_folder, write_json
-from common.pairs import LABELS
 from common.prompts import INSTRUCTION, PIECES
 
 GOOD = "careful lucid honest exact gentle vivid sound fresh warm tidy brave wise".split()

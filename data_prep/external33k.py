@@ -2,7 +2,7 @@
 
 In    data/lmsys-33k-deduplicated.csv : the 21k votes in the competition's columns; or the original votes,
       data/chatbot_arena_conversations (question_id, winner, conversation_a, conversation_b)
-Out   artifacts/data/arena33k.parquet (`common.pairs.SCHEMA`) and its manifest
+Out   artifacts/data/arena33k.parquet (`common.data.table.SCHEMA`) and its manifest
 Run   python data_prep/external33k.py --exclude artifacts/data/arena55k.parquet
       (33,000 votes: under a minute; without --exclude prompts of held-out votes may be trained on)
 """
@@ -14,9 +14,8 @@ from pathlib import Path
 
 import polars as pl
 
-from common.competition_files import COLUMNS, MODELS, id_order, to_comparisons
 from common.console import cli
-from common.conversations import (
+from common.data.chats import (
     MESSAGES,
     NOT_ALTERNATING,
     alternates,
@@ -24,11 +23,12 @@ from common.conversations import (
     stable_key,
     user_turns,
 )
-from common.data_folder import find_raw
+from common.data.sources.exclude import exclude_hashes, without_prompts
+from common.data.sources.find import find_raw
+from common.data.sources.frames import Raw, RawFile, check_raw, column_names, fetch, merge, open_file, reading
+from common.data.sources.votes import COLUMNS, MODELS, id_order, to_comparisons
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport
 from common.data_manifest import check_output, is_made, made_of, write_made
-from common.exclude import exclude_hashes, without_prompts
-from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport
-from common.raw_files import Raw, RawFile, check_raw, column_names, fetch, merge, open_file, reading
 
 SOURCE = "arena33k"
 DEDUPLICATED = COLUMNS | dict.fromkeys(LABELS, pl.Float64())
@@ -83,7 +83,7 @@ def open_votes(files: Sequence[RawFile], scratch: Path) -> Raw:
     """Opens each file in the form that its columns show.
 
     Args:
-        files: As of `common.raw_files.fetch`.
+        files: As of `common.data.sources.frames.fetch`.
         scratch: Existing folder for temporary files.
 
     Returns:

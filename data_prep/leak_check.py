@@ -10,7 +10,7 @@ Every pair of comparisons is counted once, as the first of these that holds:
   swapped  the same with A and B exchanged
   prompt   same list of user turns, other answers
   near     other lists of user turns, much alike once joined: the Jaccard similarity of their shingles
-           (`common.near_duplicates`) is at least --near-threshold. A prompt too short for a shingle is
+           (`common.data.near_duplicates`) is at least --near-threshold. A prompt too short for a shingle is
            compared as a whole; an empty one is not compared
 
 and besides, whichever of the first three it is, as
@@ -36,14 +36,14 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from common.competition_files import open_competition, read_competition
 from common.console import cli, say, show_table
-from common.conversations import stable_key
-from common.data_folder import LEAK_COLUMNS, find_tables, is_leak_table
+from common.data.chats import stable_key
+from common.data.near_duplicates import jaccard, near_pairs, shingles
+from common.data.sources.find import LEAK_COLUMNS, find_tables, is_leak_table
+from common.data.sources.frames import fetch
+from common.data.sources.votes import open_competition, read_competition
+from common.data.table import SCHEMA, read_comparisons, write_comparisons
 from common.data_manifest import check_output
-from common.near_duplicates import jaccard, near_pairs, shingles
-from common.pairs import SCHEMA, read_comparisons, write_comparisons
-from common.raw_files import fetch
 
 Kind = Literal["fold", "exact", "swapped", "prompt", "near"]
 KINDS: tuple[Kind, ...] = ("fold", "exact", "swapped", "prompt", "near")

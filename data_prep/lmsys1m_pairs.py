@@ -1,8 +1,8 @@
 """lmsys-chat-1m (single conversations) -> pairs of answers by two models to the same user turns, unlabelled.
 
 In    data/lmsys-chat-1m (a folder of the hub's Parquet files, or a file), or else the hub itself
-Out   artifacts/data/lmsys1m_pairs.parquet (`common.pairs.SCHEMA`) and its manifest; with --skip-bad-rows also
-      lmsys1m_pairs.rejected.parquet
+Out   artifacts/data/lmsys1m_pairs.parquet (`common.data.table.SCHEMA`) and its manifest; with --skip-bad-rows
+      also lmsys1m_pairs.rejected.parquet
 Run   python data_prep/lmsys1m_pairs.py --exclude artifacts/data/arena55k.parquet ...  (or just prep)
 
 Conversations that do not alternate (because of a system message, say) are left out. Of those with the same
@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 import polars as pl
 
 from common.console import cli
-from common.conversations import (
+from common.data.chats import (
     MESSAGES,
     NOT_ALTERNATING,
     alternates,
@@ -28,11 +28,11 @@ from common.conversations import (
     stable_key,
     user_turns,
 )
-from common.data_folder import find_raw
+from common.data.sources.exclude import EXCLUDED, exclude_hashes, prompt_keys
+from common.data.sources.find import find_raw
+from common.data.sources.frames import Raw, fetch, open_raw, reading
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, refuse_bad_rows
 from common.data_manifest import JOINED, check_output, is_made, made_of, write_made
-from common.exclude import EXCLUDED, exclude_hashes, prompt_keys
-from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, refuse_bad_rows
-from common.raw_files import Raw, fetch, open_raw, reading
 
 SOURCE = "lmsys1m"
 HUB_ID = "lmsys/lmsys-chat-1m"

@@ -1,7 +1,7 @@
 """Public preference sets (chosen and rejected chats) -> comparisons for the pool of stage 2.
 
 In    data/<name of a set> as downloaded from the hub (file or folder), or else the hub itself
-Out   artifacts/data/preference_sets.parquet (`common.pairs.SCHEMA`, score_a, score_b) and its manifest
+Out   artifacts/data/preference_sets.parquet (`common.data.table.SCHEMA`, score_a, score_b) and its manifest
 Run   python data_prep/preference_sets.py --exclude artifacts/data/arena55k.parquet
       python data_prep/preference_sets.py --input data/capybara.parquet mine=data/train-00000.parquet
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import polars as pl
 
 from common.console import cli
-from common.conversations import (
+from common.data.chats import (
     MESSAGES,
     NOT_ALTERNATING,
     alternates,
@@ -30,11 +30,11 @@ from common.conversations import (
     user_turns,
     without_system,
 )
-from common.data_folder import PREFERENCE_SETS, find_raw
+from common.data.sources.exclude import exclude_hashes, without_prompts
+from common.data.sources.find import PREFERENCE_SETS, find_raw
+from common.data.sources.frames import PLACES, Raw, RawFile, check_raw, fetch, merge, open_file, reading
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport
 from common.data_manifest import check_output, is_made, made_of, write_made
-from common.exclude import exclude_hashes, without_prompts
-from common.pairs import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.raw_files import PLACES, Raw, RawFile, check_raw, fetch, merge, open_file, reading
 
 SCHEMA_IN = {
     "chosen": MESSAGES,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.console import cli, say, show_table
-from common.data_folder import PREFERENCE_SETS, find_raw
+from common.data.sources.find import PREFERENCE_SETS, find_raw
 from common.data_manifest import manifest_path
 from common.files import read_json
 

@@ -19,11 +19,11 @@ import numpy as np
 import polars as pl
 
 from common.console import cli, say, show_table
-from common.conversations import stable_key
-from common.data_folder import find_tables
+from common.data.chats import stable_key
+from common.data.sources.find import find_tables
+from common.data.table import LABELS, TEXTS, is_labelled, labels_array, read_comparisons
 from common.data_manifest import JOINED, manifest_path
 from common.files import read_json, write_json
-from common.pairs import LABELS, TEXTS, is_labelled, labels_array, read_comparisons
 from common.report.data_pictures import character_lengths, kept_rows, label_shares
 from common.report.pictures import lengths
 

@@ -17,17 +17,17 @@ import numpy as np
 import polars as pl
 import torch
 
-from common.calibration import cross_fit_weights
+from bundle_manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manifest
 from common.console import cli, say, show_table
+from common.data.table import LABELS, is_labelled, labels_array
 from common.files import file_hash, read_json, replacing_folder, write_json
 from common.inputs import checkpoint_hash
 from common.models import load_model, save_checkpoint
-from common.pairs import LABELS, is_labelled, labels_array
-from common.predict import open_prompter
 from common.prompts import Order
-from common.scores import contributed, interval, read_group
+from common.score.calibration import cross_fit_weights
+from common.score.ensemble import contributed, interval, read_group
+from common.score.predict import open_prompter
 from contents import KERNEL, LIBRARIES, code_hash, needed_distributions, write_code
-from manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manifest
 
 OrderPolicy = Literal[Order, "both"]
 POLICY: dict[str, tuple[OrderPolicy, float]] = {

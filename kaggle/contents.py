@@ -12,11 +12,11 @@ from common.files import file_hash, text_hash
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "kaggle/notebook.ipynb"
 SERVED = (
-    *("pairs", "competition_csv", "prompts", "batching", "models", "ops", "predict", "metrics"),
-    *("console", "files"),
+    *("files", "console", "batching", "ops", "models", "data/__init__", "data/table", "data/votes_csv"),
+    *("prompts", "score/__init__", "score/metrics", "score/predict"),
 )
 """Modules of `common` that the notebook needs."""
-SCRIPTS = ("infer.py", "manifest.py")
+SCRIPTS = ("infer.py", "bundle_manifest.py")
 LIBRARIES = ("torch", "transformers", "safetensors", "polars", "rich", "numpy", "huggingface-hub", "jinja2")
 """What the served code imports; the notebook's machine has them."""
 KERNEL = ("ipykernel",)

@@ -25,16 +25,16 @@ import numpy as np
 import polars as pl
 import torch
 
+from bundle_manifest import NUM_SHOWN, read_bundle
 from common.batching import length_sorted_micro_batches, pack
-from common.competition_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
 from common.console import clear_errors, progress, say, show_table
+from common.data.table import LABELS, TEXTS, write_table
+from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
 from common.files import read_json
-from common.metrics import mirror, rescale
 from common.models import PreferenceModel, load_model
-from common.pairs import LABELS, TEXTS, write_table
-from common.predict import open_prompter
 from common.prompts import ORDERS, Prompter
-from manifest import NUM_SHOWN, read_bundle
+from common.score.metrics import mirror, rescale
+from common.score.predict import open_prompter
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BF16_CAPABILITY = (8, 0)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from common.competition_csv import REQUIRED
+from common.data.votes_csv import REQUIRED
 from common.files import replacing
 
 WORDS = "why does the sky turn red and how would you write a loop that sorts ten numbers by size".split()

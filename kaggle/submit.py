@@ -15,9 +15,9 @@ from pathlib import Path
 
 import bundle
 import verify
+from bundle_manifest import read_verification
 from common.console import cli, say
-from common.recipe import by_flags
-from manifest import read_verification
+from common.train.recipe import by_flags
 from upload import upload
 
 

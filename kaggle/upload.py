@@ -17,9 +17,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from bundle_manifest import read_bundle, read_verification
 from common.console import say
 from common.files import write_json
-from manifest import read_bundle, read_verification
 
 COMPETITION = "lmsys-chatbot-arena"
 ACCELERATOR = "NvidiaTeslaT4"

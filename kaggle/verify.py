@@ -26,15 +26,15 @@ import numpy as np
 import polars as pl
 import torch
 
-from common.competition_csv import REQUIRED, parse_texts, read_rows
+from bundle_manifest import MANIFEST, VERIFICATION, read_bundle, seal
 from common.console import cli, say, show_table
+from common.data.table import LABELS, SCHEMA, swap
+from common.data.votes_csv import REQUIRED, parse_texts, read_rows
 from common.files import file_hash, replacing, write_json
 from common.inputs import checkpoint_hash
-from common.pairs import LABELS, SCHEMA, swap
-from common.predict import open_model, open_prompter, predict
-from common.token_cache import tokenise
+from common.score.predict import open_model, open_prompter, predict
+from common.tokens import tokenise
 from contents import ROOT
-from manifest import MANIFEST, VERIFICATION, read_bundle, seal
 from sandbox import NAMESPACE, SOCKET_BLOCK, isolation, make_environment, run_notebook
 from stress import write_stress_set
 

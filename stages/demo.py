@@ -21,9 +21,9 @@ import numpy as np
 import polars as pl
 
 from common.console import cli, say, show_table
+from common.data.table import LABELS, labels_array, read_comparisons, write_comparisons
 from common.files import file_hash, read_json, text_hash, write_json
-from common.metrics import log_loss, prior_log_loss
-from common.pairs import LABELS, labels_array, read_comparisons, write_comparisons
+from common.score.metrics import log_loss, prior_log_loss
 
 MODELS = ("tiny-gemma", "tiny-llama")
 STAGES = ("stage1", "stage2", "stage3")

@@ -22,18 +22,14 @@ import numpy as np
 import polars as pl
 from accelerate import Accelerator
 
-from common.calibration import MIN_LABELLED, calibrate
 from common.console import cli, say
+from common.data.table import LABELS, is_labelled, labels_array, table_hash, write_table
 from common.files import file_hash, read_json, write_json
 from common.inputs import Seen, checkpoint_hash, find_complete, load_comparisons, without_seen
-from common.launch import start
-from common.pairs import LABELS, is_labelled, labels_array, table_hash, write_table
-from common.predict import open_model, open_prompter, predict_orders
-from common.probability_files import read_probabilities, read_table
 from common.prompts import ORDERS, Order
-from common.recipe import Execution, by_flags
 from common.runs import Run
-from common.scores import (
+from common.score.calibration import MIN_LABELLED, calibrate
+from common.score.ensemble import (
     ENSEMBLE,
     EnsembleOrder,
     check_ensemble_orders,
@@ -48,7 +44,11 @@ from common.scores import (
     show_calibration,
     show_scores,
 )
-from common.token_cache import tokenise
+from common.score.predict import open_model, open_prompter, predict_orders
+from common.score.probability_files import read_probabilities, read_table
+from common.tokens import tokenise
+from common.train.launch import start
+from common.train.recipe import Execution, by_flags
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,15 +17,15 @@ import polars as pl
 from accelerate import Accelerator
 
 from common.console import cli, progress, say
+from common.data.table import LABELS, table_hash, write_table
 from common.files import file_hash
 from common.inputs import Seen, checkpoint_hash, find_complete, load_comparisons, without_seen
-from common.launch import start
-from common.pairs import LABELS, table_hash, write_table
-from common.predict import average, open_model, open_prompter, predict_orders
 from common.prompts import ORDERS, Order
-from common.recipe import Execution, by_flags
 from common.runs import Run
-from common.token_cache import tokenise
+from common.score.predict import average, open_model, open_prompter, predict_orders
+from common.tokens import tokenise
+from common.train.launch import start
+from common.train.recipe import Execution, by_flags
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ import polars as pl
 import tyro
 
 from common.console import cli, say
-from common.finetune import Task, finetune
+from common.data.table import LABELS
 from common.inputs import load_comparisons, read_instruction, split_fold, without_content_of
-from common.pairs import LABELS
-from common.recipe import TINY, Execution, Recipe, Training, by_model
+from common.train.recipe import TINY, Execution, Recipe, Training, by_model
+from common.train.steps import Task, finetune
 
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(sliding_window="off"),

@@ -14,9 +14,9 @@ from pathlib import Path
 import tyro
 
 from common.console import cli
-from common.finetune import Task, finetune
 from common.inputs import load_comparisons, read_instruction, split_fold
-from common.recipe import TINY, Execution, Recipe, Training, by_model
+from common.train.recipe import TINY, Execution, Recipe, Training, by_model
+from common.train.steps import Task, finetune
 
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(comparisons_per_step=400, sliding_window="off"),

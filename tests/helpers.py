@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.competition_files import open_competition, read_competition
-from common.pairs import SCHEMA
-from common.raw_files import fetch
+from common.data.sources.frames import fetch
+from common.data.sources.votes import open_competition, read_competition
+from common.data.table import SCHEMA
 from data_prep.demo_arena import (
     GEMMA_CONTROL,
     GEMMA_TEMPLATE,
@@ -112,7 +112,7 @@ def make_comparisons(
 
 
 def key_of(turns: list[str | None]) -> bytes:
-    """`common.conversations.stable_key` of a list, in plain Python."""
+    """`common.data.chats.stable_key` of a list, in plain Python."""
     text = "".join("n" if turn is None else f"{len(turn.encode())}:{turn}" for turn in turns)
     return xxhash.xxh3_128_digest(text.encode())
 

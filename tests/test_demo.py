@@ -6,10 +6,10 @@ import pytest
 from helpers import ROOT
 from sklearn.linear_model import LogisticRegression
 
+from bundle_manifest import read_bundle, read_verification
+from common.data.table import LABELS, labels_array
 from common.files import read_json
-from common.metrics import log_loss, paired_standard_error, per_row_log_loss
-from common.pairs import LABELS, labels_array
-from manifest import read_bundle, read_verification
+from common.score.metrics import log_loss, paired_standard_error, per_row_log_loss
 
 DEMO = ROOT / "artifacts" / "demo"
 MODELS = ("tiny-gemma", "tiny-llama")

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from common.data.table import LABELS, is_labelled
 from common.files import read_json
-from common.pairs import LABELS, is_labelled
 
 STAGES = ("stage1", "stage2", "stage3")
 ENSEMBLE, FITTED, PRIOR = "ensemble", "ensemble-fitted", "prior"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import polars as pl
 import pyarrow as pa
 
-from common.pairs import LABELS
+from common.data.table import LABELS
 from data_prep import competition, external33k, lmsys1m_pairs, preference_sets
 
 

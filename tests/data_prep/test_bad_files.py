@@ -11,10 +11,10 @@ import pytest
 from samples import SOURCES, Source, chat, write_rows
 
 from common.console import clear_errors
-from common.conversations import NOT_ALTERNATING
+from common.data.chats import NOT_ALTERNATING
+from common.data.table import REJECTED_SCHEMA, read_comparisons
 from common.data_manifest import manifest_path
 from common.files import read_json
-from common.pairs import REJECTED_SCHEMA, read_comparisons
 
 NUM_ROWS = 300
 

@@ -15,8 +15,8 @@ from helpers import key_of, read_competition_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.data.table import LABELS, SCHEMA, content_hashes, labels_array, read_comparisons
 from common.files import read_json
-from common.pairs import LABELS, SCHEMA, content_hashes, labels_array, read_comparisons
 from data_prep.competition import Args, main, with_folds
 
 ROOT = Path(__file__).resolve().parents[2]

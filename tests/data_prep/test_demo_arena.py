@@ -15,11 +15,11 @@ from safetensors import safe_open
 from sklearn.linear_model import LogisticRegression
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from common.data.table import LABELS, labels_array
 from common.files import file_hash
-from common.metrics import log_loss, prior_log_loss
 from common.models import load_model
-from common.pairs import LABELS, labels_array
 from common.prompts import Prompter
+from common.score.metrics import log_loss, prior_log_loss
 from data_prep.competition import with_folds
 from data_prep.demo_arena import BAD, GOOD, Args, main, make_checkpoints, texts_of, write_arena
 

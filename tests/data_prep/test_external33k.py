@@ -13,9 +13,9 @@ from helpers import key_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.competition_csv import LONE_SURROGATE
-from common.pairs import LABELS, SCHEMA, read_comparisons
-from common.raw_files import fetch
+from common.data.sources.frames import fetch
+from common.data.table import LABELS, SCHEMA, read_comparisons
+from common.data.votes_csv import LONE_SURROGATE
 from data_prep import external33k
 from data_prep.external33k import Args, first_of_each_prompt, main, open_votes, read_votes
 

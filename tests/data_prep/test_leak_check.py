@@ -14,10 +14,10 @@ from helpers import read_competition_file, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data_folder import find_tables
-from common.exclude import without_prompts
-from common.near_duplicates import PAIRS_PER_CHUNK, jaccard, near_pairs, rows_per_band, shingles
-from common.pairs import SCHEMA, read_comparisons, swap, write_comparisons
+from common.data.near_duplicates import PAIRS_PER_CHUNK, jaccard, near_pairs, rows_per_band, shingles
+from common.data.sources.exclude import without_prompts
+from common.data.sources.find import find_tables
+from common.data.table import SCHEMA, read_comparisons, swap, write_comparisons
 from data_prep.competition import with_folds
 from data_prep.leak_check import KINDS, LEAK_COLUMNS, Args, find_leaks, main, read_keys
 

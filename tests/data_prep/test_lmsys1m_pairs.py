@@ -15,12 +15,12 @@ from helpers import make_comparisons, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.conversations import MESSAGES, NOT_ALTERNATING
+from common.data.chats import MESSAGES, NOT_ALTERNATING
+from common.data.sources.exclude import EXCLUDED, prompt_keys
+from common.data.sources.frames import Raw
+from common.data.table import REJECTED_SCHEMA, SCHEMA, content_hashes, read_comparisons, write_comparisons
 from common.data_manifest import JOINED, manifest_path
-from common.exclude import EXCLUDED, prompt_keys
 from common.files import read_json
-from common.pairs import REJECTED_SCHEMA, SCHEMA, content_hashes, read_comparisons, write_comparisons
-from common.raw_files import Raw
 from data_prep import lmsys1m_pairs
 from data_prep.lmsys1m_pairs import INPUT_SCHEMA, Args, choose_pairs, gather, main, read_light
 

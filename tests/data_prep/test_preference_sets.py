@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_external33k import chat, repair, write
 
-from common.pairs import LABELS, SCHEMA, read_comparisons
+from common.data.table import LABELS, SCHEMA, read_comparisons
 from data_prep import preference_sets
 from data_prep.preference_sets import Args, default_inputs, fetch_sets, main, open_sets, read_sets, source_of
 

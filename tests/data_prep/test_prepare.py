@@ -7,7 +7,7 @@ import pytest
 from helpers import make_comparisons
 from samples import chat
 
-from common.pairs import read_comparisons, write_comparisons
+from common.data.table import read_comparisons, write_comparisons
 from data_prep import leak_check, prepare
 
 

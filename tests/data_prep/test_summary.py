@@ -9,7 +9,7 @@ import pytest
 from helpers import make_comparisons, make_tokenizer, run_script
 from matplotlib.image import imread
 
-from common.pairs import write_comparisons
+from common.data.table import write_comparisons
 from common.prompts import Prompter
 from common.token_lengths import count_tokens
 from data_prep.summary import Args, count_overlap, describe_tokens, main, read_counts, summarise

@@ -10,11 +10,11 @@ import pytest
 from helpers import make_checkpoint
 
 import bundle as bundling
+from bundle_manifest import MANIFEST, files_of
+from common.data.table import LABELS
 from common.files import file_hash, read_json, write_json
 from common.models import load_model, save_checkpoint
-from common.pairs import LABELS
 from common.prompts import Prompter, load_tokenizer
-from manifest import MANIFEST, files_of
 
 ROWS = [
     ("7", ["which fox runs"], ["the red fox"], ["a lazy dog sleeps over the hill"]),

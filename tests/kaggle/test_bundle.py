@@ -10,11 +10,11 @@ from conftest import make_final
 from safetensors.torch import load_file, save_file
 
 import bundle as bundling
+from bundle_manifest import MANIFEST, read_bundle
+from common.data.table import LABELS
 from common.files import file_hash, read_json, write_json
 from common.models import load_model
-from common.pairs import LABELS
 from contents import code_files
-from manifest import MANIFEST, read_bundle
 
 
 def build(artifacts, **flags):
@@ -86,7 +86,7 @@ def test_missing_and_additional_files_are_refused(artifacts):
     with pytest.raises(ValueError, match=r"not in the manifest: code/torch\.py"):
         read_bundle(artifacts / "bundle")
     (artifacts / "bundle/code/torch.py").unlink()
-    (artifacts / "bundle/code/common/pairs.py").unlink()
+    (artifacts / "bundle/code/common/data/table.py").unlink()
     with pytest.raises(ValueError, match=r"missing: code/common/pairs\.py"):
         read_bundle(artifacts / "bundle")
 

@@ -11,11 +11,11 @@ import torch
 from conftest import ROWS, reseal, write_test_csv
 
 import infer
+from bundle_manifest import MANIFEST
+from common.data.table import LABELS
 from common.files import read_json, write_json
-from common.metrics import rescale
 from common.models import load_model
-from common.pairs import LABELS
-from manifest import MANIFEST
+from common.score.metrics import rescale
 
 
 def run(bundle, test, output, **flags):

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import upload
+from bundle_manifest import MANIFEST, VERIFICATION, seal
 from common.files import file_hash, write_json
-from manifest import MANIFEST, VERIFICATION, seal
 
 CLIENT = """
 import json, os, sys

@@ -13,10 +13,10 @@ from helpers import ROOT
 import bundle as bundling
 import submit
 import verify
-from common.competition_csv import BadRowError, parse_texts, read_rows
+from bundle_manifest import MANIFEST, read_bundle, read_verification
+from common.data.table import LABELS
+from common.data.votes_csv import BadRowError, parse_texts, read_rows
 from common.files import read_json, write_json
-from common.pairs import LABELS
-from manifest import MANIFEST, read_bundle, read_verification
 from sandbox import NAMESPACE, SOCKET_BLOCK, isolated, isolation, make_environment
 from stress import write_stress_set
 

@@ -3,7 +3,7 @@
 import pytest
 from helpers import make_checkpoint, make_comparisons
 
-from common.pairs import write_comparisons
+from common.data.table import write_comparisons
 
 
 @pytest.fixture(scope="session")

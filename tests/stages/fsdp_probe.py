@@ -13,9 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from common.batching import pack
-from common.launch import place, start
 from common.models import load_model
-from common.optim import GradientSum, KahanOptimizer, soft_cross_entropy
+from common.train.launch import place, start
+from common.train.optim import GradientSum, KahanOptimizer, soft_cross_entropy
 
 
 def make_optimizer(model, name):

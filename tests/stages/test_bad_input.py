@@ -18,11 +18,11 @@ from launching import free_port
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from common.data.table import LABELS, write_comparisons
 from common.files import file_hash, read_json
-from common.fit import fit, plan_steps
-from common.pairs import LABELS, write_comparisons
-from common.recipe import Recipe
 from common.runs import Run
+from common.train.fit import fit, plan_steps
+from common.train.recipe import Recipe
 
 SMALL = ("--conversation-tokens", 128, "--comparisons-per-step", 12, "--lr", "3e-3", "--tracker", "none")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -455,7 +455,7 @@ def test_a_loss_that_is_not_finite_names_the_rows(world, tmp_path, monkeypatch):
 
     models = []
     monkeypatch.setattr(
-        "common.finetune.fit", lambda model, *a, **k: (models.append(model), fit(model, *a, **k))
+        "common.train.steps.fit", lambda model, *a, **k: (models.append(model), fit(model, *a, **k))
     )
     expected = rf"step 3: the loss is not finite for votes/{marked} \(1 comparisons\)"
     message = assert_refused(words, expected, "lower --lr", artifacts=tmp_path / "stage1")

@@ -8,12 +8,12 @@ import pytest
 from calling import call, snapshot
 from helpers import make_comparisons
 
-from common.calibration import fit_weights
+from common.data.table import LABELS, labels_array, write_comparisons
 from common.files import read_json, write_json
-from common.metrics import rescale
-from common.pairs import LABELS, labels_array, write_comparisons
-from common.probability_files import group_columns, read_table
-from common.scores import check_ensemble_orders, checkpoint_prior, score_groups, slices
+from common.score.calibration import fit_weights
+from common.score.ensemble import check_ensemble_orders, checkpoint_prior, score_groups, slices
+from common.score.metrics import rescale
+from common.score.probability_files import group_columns, read_table
 
 NUM_ROWS = 400
 WORDS = ("a", "b", "tie")

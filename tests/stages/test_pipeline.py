@@ -22,10 +22,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
+from common.data.table import LABELS, content_hashes, labels_array, swap, table_hash, write_comparisons
 from common.files import file_hash, read_json
 from common.inputs import checkpoint_hash
 from common.models import load_model
-from common.pairs import LABELS, content_hashes, labels_array, swap, table_hash, write_comparisons
 from common.prompts import ORDERS, Prompter
 
 FAMILIES = ("gemma", "llama")

@@ -15,7 +15,7 @@ import pytest
 from calling import call
 from helpers import ROOT
 
-from common.pairs import LABELS
+from common.data.table import LABELS
 
 SECTIONS = (
     "Scores",

@@ -1,0 +1,1 @@
+"""Comparisons: the table, where it comes from, what may be trained on and scored."""

@@ -1,0 +1,1 @@
+"""Raw files of any kind -> one lazy frame with the columns that a script wants."""

@@ -1,0 +1,1 @@
+"""Probabilities and how good they are: predicting, scoring, calibrating, pooling."""

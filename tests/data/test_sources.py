@@ -1,0 +1,248 @@
+"""Raw files: every format gives the same rows, every broken file a clear message."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pytest
+
+from common.data.chats import MESSAGES
+from common.data.sources.frames import column_names, fetch, open_raw
+
+SCHEMA = {"id": pl.String(), "turns": pl.List(pl.String()), "score?": pl.Float64()}
+ROWS = [
+    {"id": "4294899228", "turns": ["nan", None, "a/b", "\U0001f600"], "score": 1.0},
+    {"id": "b", "turns": [""], "score": None},
+]
+
+
+def opened(path: Path | str, tmp_path: Path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir(exist_ok=True)
+    raw = open_raw(fetch([str(path)], scratch), SCHEMA, scratch)
+    return raw.frame.collect(), raw
+
+
+def lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def write_all(folder: Path) -> list[Path]:
+    pl.DataFrame(ROWS).write_parquet(folder / "a.parquet")
+    (folder / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + lines(ROWS).replace(b"a/b", b"a\\/b") + b"\n")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines(ROWS)))
+    (folder / "a.ndjson.zst").write_bytes(pa.compress(lines(ROWS), codec="zstd", asbytes=True))
+    with (folder / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "turns", "score", "more"])
+        writer.writerows([r["id"], json.dumps(r["turns"]), r["score"], ""] for r in ROWS)
+    (folder / "a.csv.gz").write_bytes(gzip.compress((folder / "a.csv").read_bytes()))
+    return sorted(folder.iterdir())
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    (tmp_path / "in").mkdir()
+    files = write_all(tmp_path / "in")
+    assert len(files) == 6
+    for path in files:
+        frame, raw = opened(path, tmp_path)
+        assert frame.drop("file", "row").rows(named=True) == ROWS, path
+        assert frame["file"].to_list() == [str(path)] * 2
+        assert raw.rejected.is_empty()
+        assert {"id", "turns", "score"} <= set(column_names(fetch([str(path)], tmp_path)[0]))
+    frame, raw = opened(tmp_path / "in", tmp_path)
+    assert raw.names == (str(tmp_path / "in" / "a.parquet"),), "of a folder, the Parquets"
+    assert raw.row_unit == "row"
+
+
+def test_texts_that_hold_json_are_lists_wherever_they_stand(tmp_path):
+    """A CSV becomes a Parquet of texts on the hub."""
+    rows = [{**row, "turns": json.dumps(row["turns"])} for row in ROWS]
+    pl.DataFrame(rows).write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    for name, first in (("a.parquet", 0), ("a.jsonl", 1)):
+        frame, raw = opened(tmp_path / name, tmp_path)
+        assert frame.drop("file", "row").rows(named=True) == ROWS
+        assert frame["row"].to_list() == [first, first + 1]
+        assert raw.rejected.is_empty()
+    pl.DataFrame([*rows, {**rows[0], "turns": "no JSON"}]).write_parquet(tmp_path / "a.parquet")
+    _, raw = opened(tmp_path / "a.parquet", tmp_path)
+    assert raw.rejected.select("row", "id", "reason").rows() == [(2, "4294899228", "malformed JSON")]
+
+
+def test_rows_that_are_not_utf8_or_have_broken_quotes_are_rejected_one_by_one(tmp_path):
+    text = 'id,turns\n1,[]\ncaf\xe9,[]\n3,"[]"x\n4,[]\n5,"[\n6,[]\n'
+    (tmp_path / "a.csv").write_bytes(text.encode("latin-1"))
+    frame, raw = opened(tmp_path / "a.csv", tmp_path)
+    assert frame["id"].to_list() == ["1", "4"]
+    assert raw.rejected.select("row", "reason").rows() == [
+        (3, "not UTF-8"),
+        (4, "broken quotes"),
+        (6, "broken quotes"),
+    ]
+    assert "up to line 7" in raw.rejected["detail"][2]
+
+
+def test_train_files_of_a_folder_win_and_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "x" / "data").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no Parquet, CSV or JSON lines"):
+        opened(tmp_path / "x", tmp_path)
+    for name in ("train-1", "train-0", "test-0"):
+        pl.DataFrame(ROWS).with_columns(id=pl.lit(name)).write_parquet(
+            tmp_path / "x/data" / f"{name}.parquet"
+        )
+    assert opened(tmp_path / "x", tmp_path)[0]["id"].to_list() == ["train-0"] * 2 + ["train-1"] * 2
+
+
+def test_whole_numbers_become_text_and_absent_columns_null(tmp_path):
+    pl.DataFrame({"id": [2**40], "turns": [["a"]]}).write_parquet(tmp_path / "a.parquet")
+    assert opened(tmp_path / "a.parquet", tmp_path)[0].row(0)[:3] == (str(2**40), ["a"], None)
+
+
+def test_lone_surrogates_are_replaced_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "\\ud83d", "turns": ["\\ud83d\\ude00", "\\udc00"]}\n')
+    frame, raw = opened(tmp_path / "a.jsonl", tmp_path)
+    assert frame.row(0)[:2] == ("\ufffd", ["\U0001f600", "\ufffd"])
+    assert raw.num_repaired == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"id": "1", "turns": ["a"', "malformed JSON"),
+        (b'["a"]', "no JSON object"),
+        (b'{"id": "1", "\\ud800": 1}', "missing field"),
+        (b'{"id": "\\ud800", "turns": "a"}', "malformed JSON"),
+        (b'{"id": "1", "turns": "{}"}', "wrong type"),
+        (b'{"id": "1", "turns": "null"}', "wrong type"),
+        (b'{"id": "1", "turns": [1]}', "wrong type"),
+        (b'{"id": true, "turns": []}', "wrong type"),
+        (b'{"id": "1", "turns": [], "score": Infinity}', "wrong type"),
+        (b'{"id": "1", "turns": [], "score": 1' + b"0" * 400 + b"}", "wrong type"),
+        (b'{"id": "caf\xe9", "turns": []}', "not UTF-8"),
+        (b"[" * 100_000, "malformed JSON"),
+    ],
+)
+def test_a_bad_line_is_rejected_with_its_number(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS) + line + b"\n" + lines(ROWS[:1]))
+    frame, raw = opened(tmp_path / "a.jsonl", tmp_path)
+    assert len(frame) == 3
+    assert raw.rejected.select("row", "reason").rows() == [(3, reason)]
+
+
+def test_bad_cells_of_a_csv_are_rejected_with_their_line(tmp_path):
+    (tmp_path / "a.csv").write_text('id,turns,score\n1,"[""a\\n""]",2\n2,[,1\n3,[],x\n4\n5,"""a""",\n')
+    frame, raw = opened(tmp_path / "a.csv", tmp_path)
+    assert frame["id"].to_list() == ["1"]
+    assert raw.rejected["row"].to_list() == [3, 4, 5, 6]
+    assert raw.rejected["id"].to_list() == ["2", "3", "4", "5"]
+    assert raw.rejected["reason"].to_list() == [
+        "malformed JSON",
+        "wrong type",
+        "wrong number of cells",
+        "wrong type",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b"", "is empty"),
+        ("a.txt", b"x", "has an ending that is not known"),
+        ("a.parquet.gz", b"x", "has an ending that is not known"),
+        ("a.parquet", b"PAR1 no parquet", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(lines(ROWS * 500))[:-30], "is it cut off"),
+        ("a.csv.gz", b"no gzip", "is it cut off"),
+        ("a.jsonl.zst", pa.compress(lines(ROWS * 500), codec="zstd", asbytes=True)[:-9], "is it cut off"),
+        ("a.csv", b'"id,turns\n1,[]\n', "Is the file cut off"),
+        ("a.csv", b"id,turns,caf\xe9\n1,[],1\n", "is not UTF-8"),
+        ("a.csv", b"id\n1\n", "lacks the column turns; found id"),
+        ("a.csv", b"id,id,turns\n1,1,[]\n", "has id more than once"),
+    ],
+)
+def test_a_broken_file_is_refused(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        opened(tmp_path / name, tmp_path)
+    assert str(tmp_path / name) in str(caught.value)
+    assert csv.field_size_limit() < 2**30
+
+
+def test_every_cut_of_a_parquet_is_refused(tmp_path):
+    pl.DataFrame(ROWS).write_parquet(tmp_path / "whole.parquet")
+    data = (tmp_path / "whole.parquet").read_bytes()
+    for end in range(1, len(data), 37):
+        (tmp_path / "cut.parquet").write_bytes(data[:end])
+        with pytest.raises(ValueError, match=r"cut\.parquet cannot be read"):
+            opened(tmp_path / "cut.parquet", tmp_path)
+
+
+@pytest.mark.parametrize("turns", [[{"a": "b"}], [1], [[1]]])
+def test_a_column_of_another_type_names_both(tmp_path, turns):
+    pl.DataFrame({"id": ["1"], "turns": turns}).write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"column turns is .*, expected List\(String\)"):
+        opened(tmp_path / "a.parquet", tmp_path)
+
+
+def test_a_message_without_content_is_a_bad_row(tmp_path):
+    schema = {"chat": MESSAGES}
+    good = {"role": "user", "content": None, "more": 1}
+    rows = [{"chat": [good]}, {"chat": [good, {"role": "assistant", "text": "x"}]}, {"chat": [{}]}]
+    (tmp_path / "a.jsonl").write_bytes(lines(rows))
+    raw = open_raw(fetch([str(tmp_path / "a.jsonl")], tmp_path), schema, tmp_path)
+    assert len(raw.frame.collect()) == 1
+    assert raw.rejected.select("row", "reason", "detail").rows() == [
+        (2, "missing field", "chat[1] has role, text, but no content"),
+        (3, "missing field", "chat[0] has nothing, but no role, content"),
+    ]
+
+
+def test_a_json_list_is_told(tmp_path):
+    (tmp_path / "a.json").write_text('\n [\n{"id": "1"}\n]')
+    with pytest.raises(ValueError, match=r"a\.json begins with a list; expected one JSON object a line"):
+        opened(tmp_path / "a.json", tmp_path)
+
+
+def test_nothing_of_a_folder_is_lost_silently(tmp_path):
+    folder, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    folder.mkdir()
+    elsewhere.mkdir()
+    pl.DataFrame(ROWS).write_parquet(folder / "train-0.parquet")
+    pl.DataFrame(ROWS).write_parquet(elsewhere / "train-1.parquet")
+    (folder / "linked").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(folder)
+    assert len(opened(folder, tmp_path)[0]) == 4
+    (folder / "train-2.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"train-2\.parquet is not a file"):
+        opened(folder, tmp_path)
+
+
+def test_a_column_called_row_or_file_is_no_obstacle(tmp_path):
+    frame = pl.DataFrame(ROWS).with_columns(row=pl.lit("x"), file=1)
+    frame.write_parquet(tmp_path / "a.parquet")
+    frame, _ = opened(tmp_path / "a.parquet", tmp_path)
+    assert frame["row"].to_list() == [0, 1]
+
+
+def test_names_with_a_tilde_and_names_that_are_not_utf8(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pl.DataFrame(ROWS).write_parquet("~a.parquet")
+    assert len(opened("~a.parquet", tmp_path)[0]) == 2
+    with pytest.raises(ValueError, match=r"~nobody-of-this-name/x\.parquet does not exist"):
+        opened("~nobody-of-this-name/x.parquet", tmp_path)
+    Path("\udcff.parquet").write_bytes(Path("~a.parquet").read_bytes())
+    with pytest.raises(ValueError, match="is not UTF-8, so no manifest holds it"):
+        opened("\udcff.parquet", tmp_path)
+    with pytest.raises(ValueError, match="an --input is empty"):
+        opened("", tmp_path)
+
+
+def test_no_input_and_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="no input was given"):
+        fetch([], tmp_path)
+    for name in (str(tmp_path / "absent.csv"), "data/absent.jsonl.gz"):  # no hub id, though it looks like one
+        with pytest.raises(ValueError, match="does not exist; expected a file, a folder or a hub id"):
+            opened(name, tmp_path)

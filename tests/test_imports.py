@@ -1,0 +1,101 @@
+"""What is also served on Kaggle must run with what is installed there."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, make_checkpoint
+
+from contents import LIBRARIES, SERVED
+
+ABSENT = (
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "tyro",
+    "optimi",
+    "sklearn",
+    "matplotlib",
+    "tensorboard",
+    "pytest",
+)
+
+# Hides every installed package that is neither in LIBRARIES nor needed by one that is, as if it were absent.
+ONLY_ALLOWED = """
+import importlib.machinery, importlib.metadata as metadata, re, sys
+
+def needed(names):
+    found, todo = set(), list(names)
+    while todo:
+        name = re.sub("[-_.]+", "-", todo.pop()).lower()
+        if name in found:
+            continue
+        try:
+            required = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        found.add(name)
+        todo += [re.match("[A-Za-z0-9._-]+", line)[0] for line in required if "extra ==" not in line]
+    return found
+
+keep = needed(sys.argv[1].split(","))
+hidden = {
+    package
+    for package, owners in metadata.packages_distributions().items()
+    if not keep & {re.sub("[-_.]+", "-", owner).lower() for owner in owners}
+} - {"common"}
+
+class Hiding(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
+
+sys.meta_path[:] = [Hiding if f is importlib.machinery.PathFinder else f for f in sys.meta_path]
+for name in sys.argv[2].split(","):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} is not hidden")
+"""
+
+
+def run_with_allowed_only(code, *arguments):
+    words = [
+        sys.executable,
+        "-c",
+        ONLY_ALLOWED + code,
+        ",".join(LIBRARIES),
+        ",".join(ABSENT),
+        *map(str, arguments),
+    ]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_served_modules_need_nothing_else(tmp_path):
+    make_checkpoint(tmp_path / "llama", "llama")
+    code = f"""
+import importlib
+for name in {SERVED}:
+    importlib.import_module("common." + name.replace("/", ".").removesuffix(".__init__"))
+from pathlib import Path
+from common.batching import pack
+from common.models import load_model
+from common.prompts import Prompter, load_tokenizer
+folder = Path(sys.argv[3])
+model = load_model(folder, device="cpu", ops="auto")
+prompter = Prompter(load_tokenizer(folder), conversation_tokens=128)
+[comparison] = prompter.tokenise([(["which?"], ["this"], ["that"])])
+ids = [prompter.render(comparison, swapped=swapped).input_ids for swapped in (False, True)]
+assert model(pack(ids)).shape == (2, 3)
+print("served")
+"""
+    found = run_with_allowed_only(code, tmp_path / "llama")
+    assert found.returncode == 0 and found.stdout == "served\n", found.stderr
+
+
+@pytest.mark.parametrize(("module", "absent"), [("tokens", "datasets"), ("train.launch", "accelerate")])
+def test_what_trains_needs_more(module, absent):
+    """The check above can fail."""
+    found = run_with_allowed_only(f"import common.{module}")
+    assert found.returncode == 1 and f"No module named '{absent}'" in found.stderr
