@@ -87,7 +87,7 @@ def test_missing_and_additional_files_are_refused(artifacts):
         read_bundle(artifacts / "bundle")
     (artifacts / "bundle/code/torch.py").unlink()
     (artifacts / "bundle/code/common/data/table.py").unlink()
-    with pytest.raises(ValueError, match=r"missing: code/common/pairs\.py"):
+    with pytest.raises(ValueError, match=r"missing: code/common/data/table\.py"):
         read_bundle(artifacts / "bundle")
 
 
