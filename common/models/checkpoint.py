@@ -9,48 +9,22 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import Gemma2Config, LlamaConfig
 
-from common.files import read_json, replacing, write_json
-from common.models.gemma2 import gemma2_backbone
-from common.models.head import PreferenceHead, head_hash, initial_head
-from common.models.llama import llama_backbone
-from common.models.preference import PreferenceModel
+from common.files import file_hash, read_json, replacing, text_hash, write_json
+from common.models.families import FAMILIES, Decoder, read_config
+from common.models.head import head_hash, initial_head
+from common.models.preference import PreferenceModel, Surgery
 from common.models.weights import read_weights, write_weights
 from common.models.zoo import find_checkpoint
-from common.ops import check_backend
+from common.ops import choose
 
-CONFIGS = {"gemma2": Gemma2Config, "llama": LlamaConfig}
 POLICY = ("sliding_window", "softcap", "embedding_scale")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Surgery:
-    """What loading did to the checkpoint's tensors, by name."""
-
-    taken: tuple[str, ...] = ()
-    """Read from the files."""
-    dropped: tuple[str, ...] = ()
-    """In the files, without use here."""
-    initialised: tuple[str, ...] = ()
-    """Not in the files, newly drawn."""
-    head_hash: str | None = None
-    """sha256 of the head's float32 bytes, before any cast; None when nothing was read."""
-
-    def __str__(self) -> str:
-        if self.head_hash is None:
-            return "nothing read: the model waits on the meta device"
-        parts = [f"{len(self.taken)} tensors taken"]
-        for what, names in (("dropped", self.dropped), ("newly initialised", self.initialised)):
-            listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-            parts.append(f"{len(names)} {what}" + (f" ({listed})" if names else ""))
-        return "; ".join([*parts, f"head {self.head_hash[:12]}"])
+"""Fields of `Decoder` that preference.json keeps: how the backbone was run when the head was trained."""
 
 
 def load_model(
@@ -85,50 +59,38 @@ def load_model(
             ranks that receive them from another.
 
     Returns:
-        The model; `surgery`, `hf_config`, `preference`, `sliding_window`, `softcap`, `embedding_scale` and
-        `num_classes` say what it is.
+        The model; `surgery`, `hf_config`, `preference`, `decoder`, `num_classes` and `ops` say what it is.
 
     Raises:
         ValueError: No such checkpoint or backend; an unsupported architecture or setting; a file that is
             missing, truncated or half-written; a tensor that is missing, unexpected, misshapen or not finite.
     """
-    check_backend(ops)
     folder = find_checkpoint(path_or_short_name, weights=materialise)
     config = read_config(folder)
     preference = _read_preference(folder)
-    policy = _policy(config, preference, dtype, {"sliding_window": sliding_window, "softcap": softcap})
-    num_classes = num_classes if preference is None else preference["num_classes"]
+    decoder = FAMILIES[config.model_type].read(config, dtype)
+    asked = {"sliding_window": sliding_window, "softcap": softcap}
+    decoder = replace(decoder, **_policy(decoder, preference, asked, config.model_type))
+    chosen = choose(
+        ops,
+        device=device,
+        dtype=dtype,
+        head_dim=decoder.head_dim,
+        softcap=decoder.softcap,
+        window=decoder.sliding_window,
+    )
     with torch.device("meta"):
         model = PreferenceModel(
-            model=_backbone(config, policy, activation_checkpointing=activation_checkpointing, ops=ops),
-            head=PreferenceHead(
-                hidden_size=config.hidden_size, num_classes=num_classes, dropout=head_dropout
-            ),
-            sliding_window=policy["sliding_window"],
-            softcap=policy["softcap"],
+            decoder,
+            num_classes=num_classes if preference is None else preference["num_classes"],
+            dropout=head_dropout,
+            activation_checkpointing=activation_checkpointing,
+            ops=chosen,
         )
     model.hf_config, model.preference = config, preference
     model.to(dtype).eval()
     model.surgery = _fill(model, folder, dtype, device, head_seed) if materialise else Surgery()
     return model
-
-
-def read_config(folder: Path) -> Gemma2Config | LlamaConfig:
-    """Reads config.json.
-
-    Raises:
-        ValueError: It is absent, broken, or of an architecture that is not supported.
-    """
-    fields = read_json(folder / "config.json")
-    model_type = fields.get("model_type")
-    if model_type not in CONFIGS:
-        raise ValueError(
-            f"{folder / 'config.json'} has model_type {model_type!r}; supported are {', '.join(CONFIGS)}"
-        )
-    try:
-        return CONFIGS[model_type].from_pretrained(folder)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{folder / 'config.json'} is not a valid {model_type} config: {error}") from error
 
 
 def _read_preference(folder: Path) -> dict | None:
@@ -142,32 +104,17 @@ def _read_preference(folder: Path) -> dict | None:
     return preference
 
 
-def _policy(
-    config: Any, preference: dict | None, dtype: torch.dtype, asked: dict[str, Any]
-) -> dict[str, Any]:
+def _policy(decoder: Decoder, preference: dict | None, asked: dict[str, Any], family: str) -> dict[str, Any]:
     """Window, softcap, embedding scale: what was asked for, or else preference.json, or else config.json."""
     asked = {name: value for name, value in asked.items() if value != "checkpoint"}
     for name, value in asked.items():
-        if value is not None and config.model_type == "llama":
-            raise ValueError(f"{name} = {value} was asked for, but a llama checkpoint has none; leave it out")
+        if value is not None and name not in decoder.options:
+            raise ValueError(
+                f"{name} = {value} was asked for, but a {family} checkpoint has none; leave it out"
+            )
         if value is not None and value <= 0:
             raise ValueError(f"{name} = {value} must be positive; None switches it off")
-    if preference is not None:
-        return {name: preference[name] for name in POLICY} | asked
-    if config.model_type == "llama":
-        return {"sliding_window": None, "softcap": None, "embedding_scale": 1.0}
-    return {
-        "sliding_window": config.sliding_window,
-        "softcap": config.attn_logit_softcapping,
-        # Gemma multiplies by sqrt(D) in the dtype of its weights: 59.75 in bf16 for D = 3584, 59.875 in fp16.
-        "embedding_scale": torch.tensor(config.hidden_size**0.5, dtype=dtype).item(),
-    } | asked
-
-
-def _backbone(config: Any, policy: dict[str, Any], *, activation_checkpointing: bool, ops: str):
-    if config.model_type == "llama":
-        return llama_backbone(config, activation_checkpointing=activation_checkpointing, ops=ops)
-    return gemma2_backbone(config, **policy, activation_checkpointing=activation_checkpointing, ops=ops)
+    return {name: preference[name] for name in POLICY if preference is not None} | asked
 
 
 def _fill(
@@ -227,8 +174,8 @@ def save_checkpoint(
     classes = preference.get("classes")
     if classes is not None and len(classes) != model.num_classes:
         raise ValueError(f"{len(classes)} class names {classes} for a head of {model.num_classes} classes")
-    content = preference | {name: getattr(model, name) for name in (*POLICY, "num_classes")}
-    content["head_hash"] = head_hash(tensors)
+    content = preference | {name: getattr(model.decoder, name) for name in POLICY}
+    content |= {"num_classes": model.num_classes, "head_hash": head_hash(tensors)}
     json.dumps(content, allow_nan=False)  # what JSON cannot hold is refused before anything is touched
     try:
         (folder / "preference.json").unlink(missing_ok=True)
@@ -252,3 +199,10 @@ def _write_config_and_tokenizer(folder: Path, config: Any, tokenizer: Any, dtype
         for file in sorted(path for path in Path(temporary_folder).rglob("*") if path.is_file()):
             with replacing(folder / file.relative_to(temporary_folder)) as temporary:
                 shutil.copyfile(file, temporary)
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Identity of a checkpoint: its weights, configuration and preference head settings."""
+    names = ("*.safetensors", "config.json", "preference.json")
+    files = sorted(path for name in names for path in folder.glob(name))
+    return text_hash(*(f"{path.name} {file_hash(path)}" for path in files))

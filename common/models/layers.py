@@ -1,4 +1,4 @@
-"""Blocks that both model families share. They run on packed sequences only: no pad token, no mask, no buffer.
+"""The one decoder of all families. It runs on packed sequences only: no pad token, no mask, no buffer.
 
 Modules may be built on the meta device. A child's weight is only ever read by the child's own forward:
 that is where FSDP gathers it.
@@ -11,11 +11,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from common.ops.attention import attention
-from common.ops.gated_activation import gated_activation
-from common.ops.rms_norm import rms_norm
-from common.ops.rotary import rotary, rotary_tables
+from common.models.families import Decoder
+from common.ops import Ops
+from common.ops.rotary import rotary_tables
 
 
 class Layout(NamedTuple):
@@ -34,16 +34,16 @@ class Layout(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """`common.ops.rms_norm` with its learned scale, which starts at exactly one."""
+    """RMS normalisation with its learned scale, which starts at exactly one."""
 
-    def __init__(self, *, hidden_size: int, eps: float, unit_offset: bool, ops: str) -> None:
+    def __init__(self, *, hidden_size: int, eps: float, unit_offset: bool, ops: Ops) -> None:
         super().__init__()
         self.eps, self.unit_offset, self.ops = eps, unit_offset, ops
         self.weight = nn.Parameter(torch.zeros(hidden_size) if unit_offset else torch.ones(hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        return rms_norm(x, self.weight, eps=self.eps, unit_offset=self.unit_offset, backend=self.ops)
+        return self.ops.rms_norm(x, self.weight, eps=self.eps, unit_offset=self.unit_offset)
 
 
 class Attention(nn.Module):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         softcap: float | None,
         window: int | None,
         last_token_only: bool,
-        ops: str,
+        ops: Ops,
     ) -> None:
         super().__init__()
         self.head_dim, self.scale, self.softcap, self.window = head_dim, scale, softcap, window
@@ -84,9 +84,9 @@ class Attention(nn.Module):
         q_UNH = self.q_proj(asking_UD).unflatten(-1, heads)
         k_TKH = self.k_proj(hidden_TD).unflatten(-1, heads)
         v_TKH = self.v_proj(hidden_TD).unflatten(-1, heads)
-        out_UNH = attention(
-            rotary(q_UNH, cos_UR, sin_UR, backend=self.ops),
-            rotary(k_TKH, layout.cos_TR, layout.sin_TR, backend=self.ops),
+        out_UNH = self.ops.attention(
+            self.ops.rotary(q_UNH, cos_UR, sin_UR),
+            self.ops.rotary(k_TKH, layout.cos_TR, layout.sin_TR),
             v_TKH,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=layout.cu_seqlens,
@@ -95,7 +95,6 @@ class Attention(nn.Module):
             scale=self.scale,
             softcap=self.softcap,
             window=self.window,
-            backend=self.ops,
         )
         return self.o_proj(out_UNH.flatten(1))
 
@@ -109,7 +108,7 @@ class GatedMLP(nn.Module):
         hidden_size: int,
         intermediate_size: int,
         activation: Literal["gelu_tanh", "silu"],
-        ops: str,
+        ops: Ops,
     ) -> None:
         super().__init__()
         self.activation, self.ops = activation, ops
@@ -119,31 +118,111 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_UD: torch.Tensor) -> torch.Tensor:
         """hidden_UD -> out_UD."""
-        gated_UF = gated_activation(
-            self.gate_proj(hidden_UD), self.up_proj(hidden_UD), activation=self.activation, backend=self.ops
+        gated_UF = self.ops.gated_activation(
+            self.gate_proj(hidden_UD), self.up_proj(hidden_UD), activation=self.activation
         )
         return self.down_proj(gated_UF)
+
+
+class DecoderLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); with `norms_after` each sublayer's result is normed too.
+
+    The names of the norms are those of the published checkpoints: what Llama calls post_attention_layernorm
+    stands before the MLP, what Gemma 2 calls so stands after the attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        scale: float,
+        softcap: float | None,
+        window: int | None,
+        activation: Literal["gelu_tanh", "silu"],
+        eps: float,
+        unit_offset: bool,
+        norms_after: bool,
+        last_token_only: bool,
+        activation_checkpointing: bool,
+        ops: Ops,
+    ) -> None:
+        super().__init__()
+        self.last_token_only, self.activation_checkpointing = last_token_only, activation_checkpointing
+        self.self_attn = Attention(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
+            scale=scale,
+            softcap=softcap,
+            window=window,
+            last_token_only=last_token_only,
+            ops=ops,
+        )
+        self.mlp = GatedMLP(
+            hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation, ops=ops
+        )
+        norm = {"hidden_size": hidden_size, "eps": eps, "unit_offset": unit_offset, "ops": ops}
+        self.input_layernorm = RMSNorm(**norm)
+        self.post_attention_layernorm = RMSNorm(**norm)
+        self.norms_after = norms_after
+        if norms_after:
+            self.pre_feedforward_layernorm = RMSNorm(**norm)
+            self.post_feedforward_layernorm = RMSNorm(**norm)
+
+    def forward(self, hidden_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """hidden_TD -> hidden_UD."""
+        # Inside forward, so that FSDP gathers the weights around the recomputation and not within it.
+        if self.activation_checkpointing and self.training:
+            return checkpoint(self._block, hidden_TD, layout, use_reentrant=False, preserve_rng_state=False)
+        return self._block(hidden_TD, layout)
+
+    def _block(self, hidden_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
+        attended_UD = self.self_attn(self.input_layernorm(hidden_TD), layout)
+        hidden_UD = hidden_TD.index_select(0, layout.last_S) if self.last_token_only else hidden_TD
+        if not self.norms_after:
+            hidden_UD = hidden_UD + attended_UD
+            return hidden_UD + self.mlp(self.post_attention_layernorm(hidden_UD))
+        hidden_UD = hidden_UD + self.post_attention_layernorm(attended_UD)
+        fed_UD = self.mlp(self.pre_feedforward_layernorm(hidden_UD))
+        return hidden_UD + self.post_feedforward_layernorm(fed_UD)
 
 
 class Backbone(nn.Module):
     """Embedding, decoder layers and final norm, with the state-dict names of the published checkpoints."""
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int,
-        hidden_size: int,
-        head_dim: int,
-        rope_theta: float,
-        embedding_scale: float,
-        layers: list[nn.Module],
-        norm: RMSNorm,
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, activation_checkpointing: bool, ops: Ops) -> None:
         super().__init__()
-        self.head_dim, self.rope_theta, self.embedding_scale = head_dim, rope_theta, embedding_scale
-        self.embed_tokens = nn.Embedding(vocab_size, hidden_size)
-        self.layers = nn.ModuleList(layers)
-        self.norm = norm
+        self.head_dim, self.rope_theta = decoder.head_dim, decoder.rope_theta
+        self.embedding_scale = decoder.embedding_scale
+        self.embed_tokens = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                hidden_size=decoder.hidden_size,
+                intermediate_size=decoder.intermediate_size,
+                num_heads=decoder.num_heads,
+                num_key_value_heads=decoder.num_key_value_heads,
+                head_dim=decoder.head_dim,
+                scale=decoder.scale,
+                softcap=decoder.softcap,
+                window=decoder.sliding_window if is_windowed else None,
+                activation=decoder.activation,
+                eps=decoder.eps,
+                unit_offset=decoder.unit_offset,
+                norms_after=decoder.norms_after,
+                last_token_only=number == len(decoder.windowed),
+                activation_checkpointing=activation_checkpointing,
+                ops=ops,
+            )
+            for number, is_windowed in enumerate(decoder.windowed, start=1)
+        )
+        self.norm = RMSNorm(
+            hidden_size=decoder.hidden_size, eps=decoder.eps, unit_offset=decoder.unit_offset, ops=ops
+        )
 
     def forward(
         self,
@@ -161,32 +240,3 @@ class Backbone(nn.Module):
         for layer in self.layers:  # the last one returns S rows
             hidden_TD = layer(hidden_TD, layout)
         return self.norm(hidden_TD)
-
-
-def require(config: object, **expected: object) -> None:
-    """Refuses a config that asks for something that these models do not compute; False, 0 and None agree.
-
-    Raises:
-        ValueError: A field of `config` differs from the value given here.
-    """
-    for name, value in expected.items():
-        found = getattr(config, name, value)
-        if (found or None) != (value or None):
-            raise ValueError(
-                f"config.json has {name} = {found!r}, only {value!r} is supported; choose another checkpoint"
-            )
-
-
-def rope_theta(config: object) -> float:
-    """Base of the rotary frequencies, from `config.rope_parameters` (transformers 5).
-
-    Raises:
-        ValueError: The checkpoint scales its rotary embedding.
-    """
-    parameters = config.rope_parameters
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type != "default":
-        raise ValueError(
-            f"config.json has rope type {rope_type!r}, only 'default' is supported; choose another checkpoint"
-        )
-    return float(parameters["rope_theta"])

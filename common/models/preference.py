@@ -3,21 +3,40 @@
 Shape suffixes: S sequences, C classes.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
+from common.batching import PackedBatch
+from common.models.families import Decoder
 from common.models.head import PreferenceHead
-from common.models.layers import Backbone
+from common.models.layers import Backbone, DecoderLayer
+from common.ops import Ops
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
-    from common.batching import PackedBatch
-    from common.models.checkpoint import Surgery
+@dataclass(frozen=True, kw_only=True)
+class Surgery:
+    """What loading did to the checkpoint's tensors, by name."""
+
+    taken: tuple[str, ...] = ()
+    """Read from the files."""
+    dropped: tuple[str, ...] = ()
+    """In the files, without use here."""
+    initialised: tuple[str, ...] = ()
+    """Not in the files, newly drawn."""
+    head_hash: str | None = None
+    """sha256 of the head's float32 bytes, before any cast; None when nothing was read."""
+
+    def __str__(self) -> str:
+        if self.head_hash is None:
+            return "nothing read: the model waits on the meta device"
+        parts = [f"{len(self.taken)} tensors taken"]
+        for what, names in (("dropped", self.dropped), ("newly initialised", self.initialised)):
+            listed = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            parts.append(f"{len(names)} {what}" + (f" ({listed})" if names else ""))
+        return "; ".join([*parts, f"head {self.head_hash[:12]}"])
 
 
 class PreferenceModel(nn.Module):
@@ -29,12 +48,6 @@ class PreferenceModel(nn.Module):
 
     base_model_prefix = "model"
 
-    sliding_window: int | None
-    """Visible keys in the layers that have a window; None is off."""
-    softcap: float | None
-    """Cap of the attention scores; None is off."""
-    num_classes: int
-    """C."""
     hf_config: PreTrainedConfig
     """The checkpoint's config.json."""
     preference: dict | None
@@ -43,18 +56,13 @@ class PreferenceModel(nn.Module):
     """What loading took, dropped and newly initialised."""
 
     def __init__(
-        self, *, model: Backbone, head: PreferenceHead, sliding_window: int | None, softcap: float | None
+        self, decoder: Decoder, *, num_classes: int, dropout: float, activation_checkpointing: bool, ops: Ops
     ) -> None:
         super().__init__()
-        self.model = model
-        self.head = head
-        self.sliding_window, self.softcap, self.num_classes = sliding_window, softcap, head.out.out_features
-        self._no_split_modules = sorted({type(layer).__name__ for layer in model.layers})
-
-    @property
-    def embedding_scale(self) -> float:
-        """Factor of the embeddings, a plain number that does not depend on the dtype served with."""
-        return self.model.embedding_scale
+        self.decoder, self.num_classes, self.ops = decoder, num_classes, ops
+        self.model = Backbone(decoder, activation_checkpointing=activation_checkpointing, ops=ops)
+        self._no_split_modules = [DecoderLayer.__name__]
+        self.head = PreferenceHead(hidden_size=decoder.hidden_size, num_classes=num_classes, dropout=dropout)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token embedding."""

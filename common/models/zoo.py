@@ -1,29 +1,19 @@
-"""The known checkpoints: short name -> where it lies and its architecture; and how any other is found."""
+"""The known checkpoints: short name -> where it lies; and how any other is found."""
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-
-class Checkpoint(NamedTuple):
-    """One line of the zoo."""
-
-    source: str
-    """Hub id (OWNER/NAME) or folder."""
-    family: str
-    """`model_type` of its config.json."""
-
-
 ZOO = {
-    "gemma9b": Checkpoint("google/gemma-2-9b-it", "gemma2"),
-    "gemma27b": Checkpoint("google/gemma-2-27b-it", "gemma2"),
-    "armorm8b": Checkpoint("RLHFlow/ArmoRM-Llama3-8B-v0.1", "llama"),
-    "tiny-gemma": Checkpoint("artifacts/demo/models/tiny-gemma", "gemma2"),  # made by data_prep/demo_arena.py
-    "tiny-llama": Checkpoint("artifacts/demo/models/tiny-llama", "llama"),
+    "gemma9b": "google/gemma-2-9b-it",
+    "gemma27b": "google/gemma-2-27b-it",
+    "armorm8b": "RLHFlow/ArmoRM-Llama3-8B-v0.1",
+    "tiny-gemma": "artifacts/demo/models/tiny-gemma",  # made by data_prep/demo_arena.py
+    "tiny-llama": "artifacts/demo/models/tiny-llama",
 }
+"""Short name -> hub id (OWNER/NAME) or folder."""
 
 _SMALL_FILES = ["config.json", "preference.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]
 _WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
@@ -43,7 +33,7 @@ def find_checkpoint(path_or_short_name: str | Path, *, weights: bool = True) -> 
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    source = ZOO[name].source if name in ZOO else name
+    source = ZOO.get(name, name)
     if Path(source).is_dir():
         return Path(source)
     if source.startswith("artifacts/"):

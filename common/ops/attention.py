@@ -8,8 +8,6 @@ sequence, N query heads, K key/value heads, G query heads per key/value head (N 
 import torch
 import torch.nn.functional as F
 
-from common.ops.backends import choose_backend
-
 
 def attention(
     q_TNH: torch.Tensor,
@@ -23,7 +21,6 @@ def attention(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
-    backend: str = "auto",
 ) -> torch.Tensor:
     """Attention of each sequence's queries to its own keys, causal and aligned at the end of the sequence.
 
@@ -41,24 +38,10 @@ def attention(
         scale: Factor of the scores.
         softcap: Scores become softcap * tanh(score / softcap); None is off.
         window: Number of visible keys, the query's own position included; None is all.
-        backend: "auto" or a key of `BACKENDS`.
 
     Returns:
-        Tensor of the shape and dtype of `q_TNH`.
-
-    Raises:
-        ValueError: The backend is not there.
+        Tensor of the shape and dtype of `q_TNH`; sequence by sequence, softmax in fp32.
     """
-    attend = choose_backend("attention", backend, BACKENDS)
-    return attend(
-        q_TNH, k_TKH, v_TKH, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, softcap, window
-    )
-
-
-def _attention_torch(
-    q_TNH, k_TKH, v_TKH, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, softcap, window
-):
-    """The definition: sequence by sequence, softmax in fp32."""
     # One device synchronisation a call. Splitting, unlike slicing, has one concatenation as its gradient.
     lengths_q, lengths_k = torch.stack([cu_seqlens_q.diff(), cu_seqlens_k.diff()]).tolist()
     assert all(0 < Q <= L for Q, L in zip(lengths_q, lengths_k, strict=True)), (lengths_q, lengths_k)
@@ -112,6 +95,3 @@ def _causal_mask(max_seqlen_q, max_seqlen_k, window, device):
     if window is not None:
         hidden_QL |= distance_QL >= window
     return torch.zeros(hidden_QL.shape, device=device).masked_fill_(hidden_QL, float("-inf"))
-
-
-BACKENDS = {"torch": _attention_torch}

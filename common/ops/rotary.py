@@ -5,8 +5,6 @@ Shape suffixes: T packed tokens, N heads (of queries or keys), H head width, R r
 
 import torch
 
-from common.ops.backends import choose_backend
-
 
 def rotary_tables(
     position_ids_T: torch.Tensor, *, theta: float, head_dim: int
@@ -29,31 +27,18 @@ def rotary_tables(
     return angle_TR.cos(), angle_TR.sin()
 
 
-def rotary(
-    x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, *, backend: str = "auto"
-) -> torch.Tensor:
+def rotary(x_TNH: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (x[r], x[r + H / 2]) of every head by the token's angles, in fp32.
 
     Args:
         x_TNH: Queries or keys.
         cos_TR: float32 from `rotary_tables`.
         sin_TR: float32 from `rotary_tables`.
-        backend: "auto" or a key of `BACKENDS`.
 
     Returns:
         Tensor of the shape and dtype of `x_TNH`.
-
-    Raises:
-        ValueError: The backend is not there.
     """
-    return choose_backend("rotary", backend, BACKENDS)(x_TNH, cos_TR, sin_TR)
-
-
-def _rotary_torch(x_TNH, cos_TR, sin_TR):
     first_TNR, second_TNR = x_TNH.float().chunk(2, dim=-1)
     cos_T1R, sin_T1R = cos_TR[:, None], sin_TR[:, None]
     rotated = (first_TNR * cos_T1R - second_TNR * sin_T1R, second_TNR * cos_T1R + first_TNR * sin_T1R)
     return torch.cat(rotated, dim=-1).to(x_TNH.dtype)
-
-
-BACKENDS = {"torch": _rotary_torch}

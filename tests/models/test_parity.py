@@ -73,7 +73,7 @@ def test_softcap_and_window_off_equal_transformers_without_them(published, seque
         layer.self_attn.attn_logit_softcapping = None
         layer.self_attn.sliding_window = 10**6 if layer.self_attn.sliding_window else None
     model = load_model(folder, softcap=None, sliding_window=None)
-    assert (model.softcap, model.sliding_window) == (None, None)
+    assert (model.decoder.softcap, model.decoder.sliding_window) == (None, None)
     expected = transformers_logits(reference, model.head, sequences)
     torch.testing.assert_close(model(pack(sequences)), expected, rtol=1e-4, atol=1e-4)
 

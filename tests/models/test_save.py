@@ -54,15 +54,23 @@ def test_policy_comes_from_the_argument_then_preference_then_config(published, t
     folder = published("gemma2")[0]
     model = load_model(folder, dtype=torch.bfloat16, sliding_window=None, softcap=8.0)
     # sqrt(24) is 4.898979 in float32, 4.90625 in bfloat16; what was trained with is served.
-    assert model.embedding_scale == 4.90625
+    assert model.decoder.embedding_scale == 4.90625
     save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference={})
     saved = load_model(tmp_path, dtype=torch.float32)
-    assert (saved.sliding_window, saved.softcap, saved.embedding_scale) == (None, 8.0, 4.90625)
+    assert (saved.decoder.sliding_window, saved.decoder.softcap, saved.decoder.embedding_scale) == (
+        None,
+        8.0,
+        4.90625,
+    )
     asked = load_model(tmp_path, sliding_window=2, softcap=None)
-    assert (asked.sliding_window, asked.softcap, asked.embedding_scale) == (2, None, 4.90625)
+    assert (asked.decoder.sliding_window, asked.decoder.softcap, asked.decoder.embedding_scale) == (
+        2,
+        None,
+        4.90625,
+    )
     fresh = load_model(folder)
-    assert (fresh.sliding_window, fresh.softcap) == (4, 3.0)
-    assert fresh.embedding_scale == torch.tensor(24.0).sqrt().item()
+    assert (fresh.decoder.sliding_window, fresh.decoder.softcap) == (4, 3.0)
+    assert fresh.decoder.embedding_scale == torch.tensor(24.0).sqrt().item()
     packed = pack([[1, 2, 3, 4, 5, 6]])
     assert not torch.equal(saved(packed), load_model(tmp_path, sliding_window=2)(packed))
     for wrong in ({"sliding_window": 0}, {"softcap": -1.0}):

@@ -110,9 +110,3 @@ def test_half_precision_keeps_dtype_and_softmax_in_float32(softcap):
     assert out.dtype == torch.bfloat16
     # One rounding of the scores (up to 2^-9 of about 16), one of the weights, one of the output.
     assert (out - expected).abs().max() < 0.15
-
-
-def test_unknown_backend_names_those_available():
-    lengths = LENGTHS["causal"]
-    with pytest.raises(ValueError, match=r"attention has no backend 'flash'.*available: auto, torch"):
-        run(inputs(*lengths, 4, 2), *lengths, scale=1.0, backend="flash")

@@ -6,7 +6,6 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm, apply_rotary_pos_emb
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from common.ops import OPS, check_backend
 from common.ops.gated_activation import gated_activation
 from common.ops.rms_norm import rms_norm
 from common.ops.rotary import rotary, rotary_tables
@@ -80,20 +79,3 @@ def test_gated_activation_equals_transformers(activation, published):
     )
     other = {"gelu_tanh": "silu", "silu": "gelu_tanh"}[activation]
     assert not torch.allclose(gated_activation(gate, up, activation=other), expected, atol=1e-2)
-
-
-def test_every_op_has_the_torch_definition_and_names_its_backends():
-    check_backend("auto")
-    check_backend("torch")
-    assert all("torch" in available for available in OPS.values())
-    with pytest.raises(ValueError, match="no backend 'tritn' here; available: auto, torch"):
-        check_backend("tritn")
-    x, weight = draw(2, 4), draw(4)
-    tables = rotary_tables(torch.arange(2), theta=1e4, head_dim=4)
-    for call in (
-        lambda: rms_norm(x, weight, eps=1e-6, unit_offset=True, backend="te"),
-        lambda: rotary(x[:, None], *tables, backend="te"),
-        lambda: gated_activation(x, x, activation="silu", backend="te"),
-    ):
-        with pytest.raises(ValueError, match="available: auto, torch"):
-            call()

@@ -1,0 +1,139 @@
+"""Decoder families as data: what a config.json says, in the terms of the one decoder that computes them all.
+
+A further family is a reader here, and its differences are fields of `Decoder`; nothing else knows its name.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
+
+from common.files import read_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Sizes of a decoder, and in what its layers differ from those of others."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    eps: float
+    """Of the norms, added to the mean square."""
+    rope_theta: float
+    """Base of the rotary frequencies."""
+    scale: float
+    """Factor of the attention scores."""
+    windowed: tuple[bool, ...]
+    """One entry a layer: whether `sliding_window` holds there."""
+    activation: Literal["gelu_tanh", "silu"]
+    unit_offset: bool
+    """Norms multiply by 1 + weight in fp32, instead of by the weight in the dtype of x."""
+    norms_after: bool
+    """A norm after each sublayer too, before its result is added to the residual."""
+    options: tuple[str, ...] = ()
+    """Which of the following may be asked for otherwise than config.json says."""
+    sliding_window: int | None = None
+    """Visible keys in the windowed layers; None is all."""
+    softcap: float | None = None
+    """Cap of the attention scores; None is off."""
+    embedding_scale: float = 1.0
+    """Factor of the embeddings."""
+
+
+def read_gemma2(config: Gemma2Config, dtype: torch.dtype) -> Decoder:
+    """Gemma 2: norms before and after each sublayer, softcapped scores, a window in every other layer."""
+    _require(config, attention_bias=False, attention_dropout=0.0, use_bidirectional_attention=False)
+    _require(config, hidden_activation="gelu_pytorch_tanh")
+    return Decoder(
+        **_sizes(config),
+        scale=config.query_pre_attn_scalar**-0.5,
+        windowed=tuple(kind == "sliding_attention" for kind in config.layer_types),
+        activation="gelu_tanh",
+        unit_offset=True,
+        norms_after=True,
+        options=("sliding_window", "softcap"),
+        sliding_window=config.sliding_window,
+        softcap=config.attn_logit_softcapping,
+        # sqrt(D) in the dtype of the weights: 59.75 in bf16 for D = 3584, 59.875 in fp16.
+        embedding_scale=torch.tensor(config.hidden_size**0.5, dtype=dtype).item(),
+    )
+
+
+def read_llama(config: LlamaConfig, dtype: torch.dtype) -> Decoder:
+    """Llama 3: one norm before each sublayer, full causal attention."""
+    _require(config, attention_bias=False, mlp_bias=False, attention_dropout=0.0, hidden_act="silu")
+    return Decoder(
+        **_sizes(config),
+        scale=config.head_dim**-0.5,
+        windowed=(False,) * config.num_hidden_layers,
+        activation="silu",
+        unit_offset=False,
+        norms_after=False,
+    )
+
+
+class Family(NamedTuple):
+    """A `model_type` of config.json."""
+
+    config: type[PreTrainedConfig]
+    read: Callable[[Any, torch.dtype], Decoder]
+    """(config, dtype of the weights) -> Decoder; ValueError where the config asks for something else."""
+
+
+FAMILIES = {"gemma2": Family(Gemma2Config, read_gemma2), "llama": Family(LlamaConfig, read_llama)}
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """Reads config.json.
+
+    Raises:
+        ValueError: It is absent, broken, or of an architecture that is not supported.
+    """
+    path = folder / "config.json"
+    model_type = read_json(path).get("model_type")
+    if model_type not in FAMILIES:
+        raise ValueError(f"{path} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
+    try:
+        return FAMILIES[model_type].config.from_pretrained(folder)
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise ValueError(f"{path} is not a valid {model_type} config: {error}") from error
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that all families call alike."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_key_value_heads", "head_dim")
+    return {
+        **{name: getattr(config, name) for name in names},
+        "num_heads": config.num_attention_heads,
+        "eps": config.rms_norm_eps,
+        "rope_theta": _rope_theta(config),
+    }
+
+
+def _require(config: PreTrainedConfig, **expected: object) -> None:
+    """ValueError where a field asks for something that is not computed; False, 0 and None agree."""
+    for name, value in expected.items():
+        found = getattr(config, name, value)
+        if (found or None) != (value or None):
+            raise ValueError(
+                f"config.json has {name} = {found!r}, only {value!r} is supported; choose another checkpoint"
+            )
+
+
+def _rope_theta(config: PreTrainedConfig) -> float:
+    """Base of the rotary frequencies, from `rope_parameters` (transformers 5); ValueError if it is scaled."""
+    parameters = config.rope_parameters
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type != "default":
+        raise ValueError(
+            f"config.json has rope type {rope_type!r}, only 'default' is supported; choose another checkpoint"
+        )
+    return float(parameters["rope_theta"])
