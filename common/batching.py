@@ -29,8 +29,6 @@ class PackedBatch(NamedTuple):
     """float32, one-hot votes or soft labels; a row of zeros weighs nothing."""
     row_S: torch.Tensor
     """int64, index of the comparison; -1 for a filler."""
-    variant_S: torch.Tensor
-    """int8, 2 x format (0 PAB, 1 PAPB) + order (0 given, 1 swapped)."""
 
     def to(self, device: torch.device | str) -> "PackedBatch":
         """The same batch on `device`."""
@@ -44,7 +42,6 @@ def pack(
     *,
     labels: Sequence[Sequence[float]] | None = None,
     rows: Sequence[int] | None = None,
-    variants: Sequence[int] | None = None,
     num_classes: int = 3,
 ) -> PackedBatch:
     """Lays token id sequences end to end.
@@ -53,7 +50,6 @@ def pack(
         sequences: S sequences of token ids, none of them empty.
         labels: S rows of C label weights; zeros when absent.
         rows: S indices of comparisons; 0 to S - 1 when absent.
-        variants: S variant codes; 0 when absent.
         num_classes: C, used when `labels` is absent.
 
     Returns:
@@ -75,9 +71,6 @@ def pack(
         if labels is None
         else torch.as_tensor(np.asarray(labels), dtype=torch.float32),
         row_S=torch.arange(num_sequences) if rows is None else torch.as_tensor(rows, dtype=torch.int64),
-        variant_S=torch.zeros(num_sequences, dtype=torch.int8)
-        if variants is None
-        else torch.as_tensor(variants, dtype=torch.int8),
     )
 
 
@@ -88,7 +81,6 @@ class Sample(NamedTuple):
     labels: Sequence[float]
     """C label weights, already swapped where the order is."""
     row: int
-    variant: int
 
 
 class VarlenCollator:
@@ -98,11 +90,11 @@ class VarlenCollator:
     """
 
     def __init__(self, *, num_classes: int = 3) -> None:
-        self.filler = Sample([0], [0.0] * num_classes, FILLER_ROW, 0)
+        self.filler = Sample([0], [0.0] * num_classes, FILLER_ROW)
 
     def __call__(self, samples: Sequence[Sample]) -> PackedBatch:
-        input_ids, labels, rows, variants = zip(*(samples or [self.filler]), strict=True)
-        return pack(input_ids, labels=labels, rows=rows, variants=variants)
+        input_ids, labels, rows = zip(*(samples or [self.filler]), strict=True)
+        return pack(input_ids, labels=labels, rows=rows)
 
 
 def plan_micro_batches(

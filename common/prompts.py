@@ -262,6 +262,19 @@ def clean_text(text: str | None) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def read_instruction(path: Path | None) -> str:
+    """The instruction in a text file, or ours."""
+    if path is None:
+        return INSTRUCTION
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--instruction {path} cannot be read: {error}") from error
+    if not text:
+        raise ValueError(f"--instruction {path} is empty")
+    return text
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies in a checkpoint folder.
 

@@ -30,18 +30,25 @@ class Run:
 
     folder: Path
     description: dict[str, object]
-    """`recipe` and `inputs`, JSON values only."""
+    """`recipe`, `inputs` and `code`, JSON values only."""
     is_complete: bool
 
     @classmethod
-    def open(cls, folder: Path, *, recipe: dict[str, object], inputs: dict[str, object]) -> "Run":
+    def open(
+        cls, folder: Path, *, recipe: dict[str, object], inputs: dict[str, object], code: str | None = None
+    ) -> "Run":
         """Opens a folder for a recipe: new, to be continued, or already complete. Writes nothing.
+
+        Args:
+            recipe: JSON values, by name.
+            inputs: Hashes of what goes in, by name.
+            code: Hash of the code, where a run that other code has completed is to be made again.
 
         Raises:
             ValueError: The folder holds a run with another recipe or other inputs (the field is named), or
                 files that are no run.
         """
-        description = json.loads(json.dumps({"recipe": recipe, "inputs": inputs}))
+        description = json.loads(json.dumps({"recipe": recipe, "inputs": inputs, "code": code}))
         path = folder / "run.json"
         if not path.is_file():
             if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -55,7 +62,8 @@ class Run:
                 f"{folder} holds a run in which {field} is {theirs}; here it is {ours}. Nothing was changed: "
                 "write elsewhere (--output; of evaluate, --name), or move that folder away"
             )
-        return cls(folder=folder, description=description, is_complete=stored.get("status") == "complete")
+        is_complete = stored.get("status") == "complete" and stored.get("code") == code
+        return cls(folder=folder, description=description, is_complete=is_complete)
 
     def begin(self) -> None:
         """Writes run.json (first process only)."""
@@ -148,6 +156,22 @@ class Run:
                 f"the training state {folder} cannot be read: {reason}. Delete it, to go on from the state "
                 "before it or from the start"
             ) from error
+
+
+def find_complete(folder: Path) -> tuple[Path, ...]:
+    """Folders of finished validation runs below `folder`, by name; finals are left out.
+
+    Raises:
+        ValueError: There is none.
+    """
+    found = tuple(
+        path.parent
+        for path in sorted(folder.glob("*/run.json"))
+        if read_json(path).get("status") == "complete" and not path.parent.name.endswith("-final")
+    )
+    if not found:
+        raise ValueError(f"{folder} holds no finished run; train one first, or name checkpoints")
+    return found
 
 
 def _first_difference(stored: dict, ours: dict) -> tuple[str, object, object] | None:

@@ -66,7 +66,7 @@ class Sequences:
             return []
         ids = self.dataset[indices]["input_ids"]
         return [
-            Sample(tokens, self.labels_of(i), int(self.row[i]), int(self.variant[i]))
+            Sample(tokens, self.labels_of(i), int(self.row[i]))
             for i, tokens in zip(indices, ids, strict=True)
         ]
 
@@ -94,7 +94,7 @@ class Sequences:
 
 
 def variant_code(format: Format, order: Order) -> int:
-    """2 x format + order, as stored in `PackedBatch.variant_S`."""
+    """2 x format + order."""
     return 2 * FORMATS.index(format) + ORDERS.index(order)
 
 

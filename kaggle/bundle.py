@@ -21,12 +21,11 @@ from bundle_manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manife
 from common.console import cli, say, show_table
 from common.data.table import LABELS, is_labelled, labels_array
 from common.files import file_hash, read_json, replacing_folder, write_json
-from common.inputs import checkpoint_hash
-from common.models import load_model, save_checkpoint
+from common.models import checkpoint_hash, load_model, save_checkpoint
 from common.prompts import Order
 from common.score.calibration import cross_fit_weights
 from common.score.ensemble import contributed, interval, read_group
-from common.score.predict import open_prompter
+from common.trained import open_prompter
 from contents import KERNEL, LIBRARIES, code_hash, needed_distributions, write_code
 
 OrderPolicy = Literal[Order, "both"]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "kaggle/notebook.ipynb"
 SERVED = (
     *("files", "console", "batching", "ops", "models", "data/__init__", "data/table", "data/votes_csv"),
-    *("prompts", "score/__init__", "score/metrics", "score/predict"),
+    *("prompts", "trained", "score/__init__", "score/metrics"),
 )
 """Modules of `common` that the notebook needs."""
 SCRIPTS = ("infer.py", "bundle_manifest.py")

@@ -34,7 +34,7 @@ from common.files import read_json
 from common.models import PreferenceModel, load_model
 from common.prompts import ORDERS, Prompter
 from common.score.metrics import mirror, rescale
-from common.score.predict import open_prompter
+from common.trained import open_prompter
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BF16_CAPABILITY = (8, 0)

@@ -31,9 +31,10 @@ from common.console import cli, say, show_table
 from common.data.table import LABELS, SCHEMA, swap
 from common.data.votes_csv import REQUIRED, parse_texts, read_rows
 from common.files import file_hash, replacing, write_json
-from common.inputs import checkpoint_hash
-from common.score.predict import open_model, open_prompter, predict
+from common.models import checkpoint_hash
+from common.score.predict import predict
 from common.tokens import tokenise
+from common.trained import open_model, open_prompter
 from contents import ROOT
 from sandbox import NAMESPACE, SOCKET_BLOCK, isolation, make_environment, run_notebook
 from stress import write_stress_set

@@ -23,11 +23,12 @@ import polars as pl
 from accelerate import Accelerator
 
 from common.console import cli, say
+from common.data.held_out import Seen, load_comparisons, without_seen
 from common.data.table import LABELS, is_labelled, labels_array, table_hash, write_table
 from common.files import file_hash, read_json, write_json
-from common.inputs import Seen, checkpoint_hash, find_complete, load_comparisons, without_seen
+from common.models import checkpoint_hash
 from common.prompts import ORDERS, Order
-from common.runs import Run
+from common.runs import Run, find_complete
 from common.score.calibration import MIN_LABELLED, calibrate
 from common.score.ensemble import (
     ENSEMBLE,
@@ -44,11 +45,12 @@ from common.score.ensemble import (
     show_calibration,
     show_scores,
 )
-from common.score.predict import open_model, open_prompter, predict_orders
+from common.score.predict import predict_orders
 from common.score.probability_files import read_probabilities, read_table
 from common.tokens import tokenise
 from common.train.launch import start
 from common.train.recipe import Execution, by_flags
+from common.trained import open_model, open_prompter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +189,9 @@ def check_calibration(args: Args, frame: pl.DataFrame) -> None:
 
 def find_comparisons(args: Args, checkpoints: tuple[Path, ...]) -> pl.DataFrame:
     """The comparisons to score, in the order of their files: of the fold, and not seen in training."""
-    default = args.execution.artifacts / "data/arena55k.parquet"
-    frame = load_comparisons(args.comparisons or (default,), args.execution)
+    artifacts = args.execution.artifacts
+    paths = args.comparisons or (artifacts / "data/arena55k.parquet",)
+    frame = load_comparisons(paths, artifacts=artifacts, skip_bad_rows=args.execution.skip_bad_rows)
     fold = 0 if args.fold is None and not args.comparisons else args.fold
     if fold is not None:
         folds = sorted(frame["fold"].drop_nulls().unique().to_list())

@@ -17,15 +17,17 @@ import polars as pl
 from accelerate import Accelerator
 
 from common.console import cli, progress, say
+from common.data.held_out import Seen, load_comparisons, without_seen
 from common.data.table import LABELS, table_hash, write_table
 from common.files import file_hash
-from common.inputs import Seen, checkpoint_hash, find_complete, load_comparisons, without_seen
+from common.models import checkpoint_hash
 from common.prompts import ORDERS, Order
-from common.runs import Run
-from common.score.predict import average, open_model, open_prompter, predict_orders
+from common.runs import Run, find_complete
+from common.score.predict import average, predict_orders
 from common.tokens import tokenise
 from common.train.launch import start
 from common.train.recipe import Execution, by_flags
+from common.trained import open_model, open_prompter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,8 @@ def main(args: Args) -> None:
             "would lie in one folder; rename one"
         )
     names = ("data/lmsys1m_pairs.parquet", "data/preference_sets.parquet")
-    pool = load_comparisons(args.comparisons or tuple(artifacts / name for name in names), args.execution)
+    paths = args.comparisons or tuple(artifacts / name for name in names)
+    pool = load_comparisons(paths, artifacts=artifacts, skip_bad_rows=args.execution.skip_bad_rows)
     output = args.output or artifacts / "pseudo"
     for teacher in teachers:
         label(teacher, pool, output / teacher.name, args, accelerator)

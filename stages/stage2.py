@@ -9,14 +9,33 @@ Run   just stage2 gemma9b      (4 x A100-80G; hours: unmeasured)
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import tyro
 
 from common.console import cli, say
-from common.data.table import LABELS
-from common.inputs import load_comparisons, read_instruction, split_fold, without_content_of
+from common.data.held_out import (
+    all_trained_on,
+    load_comparisons,
+    require_labels,
+    split_fold,
+    without_content_of,
+)
+from common.data.table import LABELS, is_labelled, labels_array
+from common.score.metrics import SUM_TOLERANCE
+from common.train.fit import fit
 from common.train.recipe import TINY, Execution, Recipe, Training, by_model
-from common.train.steps import Task, finetune
+from common.train.steps import (
+    begin,
+    describe,
+    load_and_place,
+    open_parent,
+    open_run,
+    save,
+    score_held_out,
+    start_training,
+    tokenise_for,
+)
 
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(sliding_window="off"),
@@ -51,31 +70,48 @@ class Args:
 
 
 def main(args: Args) -> None:
-    artifacts = args.execution.artifacts
+    recipe, artifacts = args.recipe, args.execution.artifacts
+    output = args.output or artifacts / "stage2" / args.model
+    accelerator = start_training("stage2", args.model, output, args.training)
+
+    read = {"artifacts": artifacts, "skip_bad_rows": args.execution.skip_bad_rows}
     names = ("data/lmsys1m_pairs.parquet", "data/preference_sets.parquet")
-    pool = load_comparisons(args.comparisons or tuple(artifacts / name for name in names), args.execution)
+    pool = load_comparisons(args.comparisons or tuple(artifacts / name for name in names), **read)
     labelled = join_labels(pool, args.labels or artifacts / "pseudo/ensemble/labels.parquet")
-    votes = load_comparisons(args.votes or (artifacts / "data/arena55k.parquet",), args.execution)
+    votes = load_comparisons(args.votes or (artifacts / "data/arena55k.parquet",), **read)
     _, held_out = split_fold(votes, args.held_out_fold)
-    task = Task(
-        stage="stage2",
-        model=args.model,
-        checkpoint=args.checkpoint or args.model,
-        output=args.output or artifacts / "stage2" / args.model,
-        recipe=args.recipe,
-        table=RECIPES[args.model],
-        train=without_content_of(labelled, held_out),
-        held_out=held_out,
-        instruction=read_instruction(args.instruction),
+    train = without_content_of(labelled, held_out)
+    require_labels("stage2", train, held_out)
+    parent = open_parent(
+        args.checkpoint or args.model, recipe, instruction=args.instruction, training=args.training
     )
-    finetune(task, args.execution, args.training)
+    title = f"stage2 {args.model} <- {parent.name}"
+    if args.training.dry_run:
+        sequences = tokenise_for(recipe, train, parent, args.execution, accelerator)
+        return describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
+    run = open_run(
+        "stage2", args.model, output, recipe, parent, train=train, held_out=held_out, accelerator=accelerator
+    )
+    if run.is_complete:
+        return say(f"{output} is up to date")
+    sequences = tokenise_for(recipe, train, parent, args.execution, accelerator)
+    describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
+    trained_on = all_trained_on(train, parent.folder)
+
+    model = load_and_place(parent, recipe, ops=args.execution.ops, accelerator=accelerator)
+    begin(run, sequences, recipe, accelerator)
+    fit(model, sequences, recipe=recipe, training=args.training, run=run, accelerator=accelerator)
+    metrics = score_held_out(
+        model, held_out, run, recipe, parent, args.execution, accelerator, train=train, trained_on=trained_on
+    )
+    save(model, run, recipe, parent, accelerator, metrics=metrics, train=train, trained_on=trained_on)
 
 
 def join_labels(pool: pl.DataFrame, path: Path) -> pl.DataFrame:
     """The comparisons that have soft labels, with these in place of any votes; the others are counted.
 
     Raises:
-        ValueError: The labels cannot be read, or label nothing of the pool.
+        ValueError: The labels cannot be read, label nothing of the pool, or are no probabilities.
     """
     try:
         labels = pl.read_parquet(path, columns=["source", "id", *LABELS]).cast(
@@ -92,6 +128,16 @@ def join_labels(pool: pl.DataFrame, path: Path) -> pl.DataFrame:
     if joined.is_empty():
         raise ValueError(
             f"{path} labels none of the {len(pool)} comparisons: were they made from other files?"
+        )
+    labelled = joined.filter(is_labelled())
+    values = labels_array(labelled)
+    bad = ~(np.abs(values.sum(1) - 1) <= SUM_TOLERANCE) | (values < 0).any(1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"{path}: the labels of {int(bad.sum()):,} comparisons are no probabilities, first "
+            f"{'/'.join(labelled.select('source', 'id').row(row))} with {values[row].tolist()}; expected "
+            "numbers from 0 on that sum to 1"
         )
     if len(joined) < len(pool):
         say(f"{len(pool) - len(joined):,} of {len(pool):,} comparisons have no soft label and are left out")

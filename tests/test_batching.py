@@ -29,8 +29,8 @@ def test_collator_fills_an_idle_turn_with_one_weightless_token():
     packed = VarlenCollator()([])
     assert packed.row_S.tolist() == [FILLER_ROW] and packed.labels_SC.sum() == 0
     assert packed.cu_seqlens.tolist() == [0, 1]
-    packed = VarlenCollator()([Sample([4, 5], [0.0, 1.0, 0.0], 7, 1), Sample([6], [1.0, 0.0, 0.0], 2, 0)])
-    assert packed.row_S.tolist() == [7, 2] and packed.variant_S.tolist() == [1, 0]
+    packed = VarlenCollator()([Sample([4, 5], [0.0, 1.0, 0.0], 7), Sample([6], [1.0, 0.0, 0.0], 2)])
+    assert packed.row_S.tolist() == [7, 2]
     assert packed.input_ids_T.tolist() == [4, 5, 6]
 
 

@@ -2,76 +2,23 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Protocol
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from common.batching import Sample, VarlenCollator, plan_micro_batches
+from common.batching import VarlenCollator, plan_micro_batches
 from common.console import progress
-from common.models import PreferenceModel, load_model
-from common.models.zoo import find_checkpoint
-from common.prompts import ORDERS, Prompter, load_tokenizer
+from common.prompts import ORDERS
 from common.score.metrics import mirror
-
-
-class SequenceTable(Protocol):
-    """Tokenised variants of comparisons, as `common.tokens.Sequences` or the notebook holds them."""
-
-    lengths: np.ndarray
-    row: np.ndarray
-    variant: np.ndarray
-
-    def __getitem__(self, index: int) -> Sample: ...
-
-    def name(self, row: int) -> str: ...
-
-
-def open_prompter(checkpoint: str, preference: dict | None) -> Prompter:
-    """The prompt that a checkpoint was trained with, checked against the tokenizer that lies beside it.
-
-    Args:
-        checkpoint: Folder, hub id or short name.
-        preference: Its preference.json.
-
-    Raises:
-        ValueError: The checkpoint has no preference head, or its template hash is not what this code and its
-            tokenizer give.
-    """
-    if preference is None:
-        raise ValueError(
-            f"{checkpoint} has no preference.json: it is a backbone; train it with stages/stage1.py"
-        )
-    stored = preference["prompt"]
-    prompter = Prompter(
-        load_tokenizer(find_checkpoint(checkpoint)),
-        conversation_tokens=stored["conversation_tokens"],
-        instruction=stored["instruction"],
-    )
-    if prompter.prompt_hash != stored["prompt_hash"]:
-        raise ValueError(
-            f"{checkpoint} was trained with prompt {stored['prompt_hash'][:12]}, but this code and the "
-            f"tokenizer in that folder give {prompter.prompt_hash[:12]}: its scores would be wrong. Use the "
-            "code and the tokenizer that it was trained with."
-        )
-    return prompter
-
-
-def open_model(
-    checkpoint: str, *, dtype: torch.dtype | None, device: torch.device | str, ops: str
-) -> PreferenceModel:
-    """A trained checkpoint in evaluation mode; `dtype` None computes in fp32 on a CPU and bf16 elsewhere."""
-    if dtype is None:
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    return load_model(checkpoint, dtype=dtype, device=device, ops=ops).eval()
+from common.tokens import Sequences
 
 
 @torch.no_grad()
 def predict(
     model: nn.Module,
-    sequences: SequenceTable,
+    sequences: Sequences,
     *,
     max_tokens: int,
     device: torch.device | str,
@@ -125,7 +72,7 @@ def predict(
 
 def predict_orders(
     model: nn.Module,
-    sequences: SequenceTable,
+    sequences: Sequences,
     *,
     max_tokens: int,
     device: torch.device | str,

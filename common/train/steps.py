@@ -1,4 +1,4 @@
-"""What stages 1, 2 and 3 have in common: tokenise, describe, load, fit, score the held-out fold, save."""
+"""What stages 1, 2 and 3 share, one small function an event, in the order in which a stage calls them."""
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -13,17 +13,16 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from common.console import say, show_table
-from common.data.table import LABELS, content_hashes, is_labelled, labels_array, table_hash, write_table
+from common.data.held_out import unseen
+from common.data.table import LABELS, labels_array, table_hash, write_table
 from common.files import read_json, write_json
-from common.inputs import checkpoint_hash, read_trained_on
-from common.models import load_model, save_checkpoint
-from common.models.checkpoint import find_checkpoint
-from common.prompts import INSTRUCTION, Prompter, load_tokenizer
+from common.models import checkpoint_hash, find_checkpoint, load_model, save_checkpoint
+from common.prompts import Prompter, load_tokenizer, read_instruction
 from common.runs import Run
-from common.score.metrics import SUM_TOLERANCE, prior_log_loss, score
+from common.score.metrics import prior_log_loss, score
 from common.score.predict import predict_orders
 from common.tokens import Sequences, orders_of, tokenise
-from common.train.fit import fit, plan_steps
+from common.train.fit import plan_steps
 from common.train.launch import is_fsdp, place, start
 from common.train.recipe import Execution, Recipe, Training
 
@@ -31,205 +30,131 @@ NUM_LENGTH_BINS = 60
 """Of the histogram of sequence lengths in sequences.json."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One fine-tuning run, decided by a stage."""
+def start_training(stage: str, model: str, output: Path, training: Training) -> Accelerator:
+    """Starts the processes of a training stage; a real recipe does not begin on a CPU unless told to.
 
-    stage: str
-    model: str
-    """Short name."""
-    checkpoint: str
-    """Where the weights come from: folder, hub id or short name."""
-    output: Path
-    recipe: Recipe
-    table: Recipe
-    """The recipe table's entry, for showing what differs."""
-    train: pl.DataFrame
-    """Labelled comparisons."""
-    held_out: pl.DataFrame | None = None
-    """Labelled comparisons to score on; None where all were trained on."""
-    instruction: str = INSTRUCTION
-
-
-def finetune(task: Task, execution: Execution, training: Training) -> dict[str, object]:
-    """Trains, scores and saves one model; continues a started run, or says that it is up to date.
-
-    Returns:
-        Metrics on the held-out comparisons (empty without them, or after a dry run).
+    Args:
+        stage: Such as "stage1".
+        model: Short name.
+        output: The run's folder, where the tracker writes.
 
     Raises:
-        ValueError: A mistake in recipe, data, checkpoint or launch.
+        ValueError: A mistake in the launch, or no GPU.
     """
-    recipe = task.recipe
-    accelerator = start(
-        tracker="none" if training.dry_run else training.tracker, tracker_folder=task.output / "logs"
-    )
-    if accelerator.device.type == "cpu" and not (
-        training.dry_run or training.allow_cpu or task.model.startswith("tiny-")
-    ):
+    tracker = "none" if training.dry_run else training.tracker
+    accelerator = start(tracker=tracker, tracker_folder=output / "logs")
+    may_use_cpu = training.dry_run or training.allow_cpu or model.startswith("tiny-")
+    if accelerator.device.type == "cpu" and not may_use_cpu:
         raise ValueError(
-            f"{task.model} would train on a CPU; launch it on GPUs (just {task.stage} {task.model}), take a "
-            "tiny-* model, or say --allow-cpu"
+            f"{model} would train on a CPU; launch it on GPUs (just {stage} {model}), take a tiny-* model, "
+            "or say --allow-cpu"
         )
-    for frame in (task.train, task.held_out):
-        _check_labelled(frame, task)
-    parent = find_checkpoint(task.checkpoint, weights=not training.dry_run)
+    return accelerator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parent:
+    """The checkpoint that a stage starts from, and the prompt that its tokenizer gives."""
+
+    name: str
+    """As given: folder, hub id or short name."""
+    folder: Path
+    prompter: Prompter
+    preference: dict | None
+    """Its preference.json; None for a published backbone."""
+
+
+def open_parent(checkpoint: str, recipe: Recipe, *, instruction: Path | None, training: Training) -> Parent:
+    """Finds (a dry run: without the weights) the checkpoint to start from, and opens its prompt.
+
+    Args:
+        checkpoint: Folder, hub id or short name.
+        instruction: Text file with another instruction.
+
+    Raises:
+        ValueError: There is none, or it was trained with another template or tokenizer.
+    """
+    folder = find_checkpoint(checkpoint, weights=not training.dry_run)
     prompter = Prompter(
-        load_tokenizer(parent),
+        load_tokenizer(folder),
         conversation_tokens=recipe.conversation_tokens,
-        instruction=task.instruction,
+        instruction=read_instruction(instruction),
     )
-    parent_preference = _parent_preference(parent, prompter)
-    if training.dry_run:
-        _describe(task, _tokenise(task.train, prompter, task, execution, accelerator), accelerator)
-        return {}
-    run, lineage = _open_run(task, parent, prompter, accelerator)
-    if run.is_complete:
-        say(f"{task.output} is up to date")
-        return run.metrics
-
-    sequences = _tokenise(task.train, prompter, task, execution, accelerator)
-    _describe(task, sequences, accelerator)
-    trained_on = _trained_on(task.train, parent)
-    # Before anything is written: a bad checkpoint leaves no folder behind.
-    model = _load(task, execution, accelerator)
-    if accelerator.is_main_process:
-        run.begin()
-        write_json(task.output / "sequences.json", _sequence_summary(sequences, recipe))
-    accelerator.wait_for_everyone()
-    accelerator.init_trackers("tracker")
-    fit(model, sequences, recipe=recipe, training=training, run=run, accelerator=accelerator)
-    metrics = {}
-    if task.held_out is not None:
-        held_out = _unseen(task.held_out, trained_on)
-        metrics = _score(model, held_out, prompter, task, execution, accelerator)
-    weights = full_state_dict(model)
-    if accelerator.is_main_process:
-        write_table(trained_on.to_frame(), task.output / "trained_on.parquet")
-        save_checkpoint(
-            task.output,
-            model=model,
-            state_dict=weights,
-            tokenizer=prompter.tokenizer,
-            preference={
-                "stage": task.stage,
-                "model": task.model,
-                "classes": list(LABELS),
-                "formats": list(recipe.formats),
-                "prompt": prompter.describe(),
-                "recipe": asdict(recipe),
-                "metrics": metrics,
-                "label_prior": labels_array(task.train).mean(axis=0, dtype=np.float64).tolist(),
-                "lineage": {
-                    **lineage,
-                    "parent_stage": (parent_preference or {}).get("stage"),
-                    "train_sources": dict(sorted(task.train["source"].value_counts().iter_rows())),
-                },
-                "versions": {name: version(name) for name in ("torch", "transformers", "torch-optimi")},
-            },
-        )
-        run.finish(metrics)
-        say(f"{task.output} is complete")
-    accelerator.end_training()
-    return metrics
-
-
-def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU of the first process; the others get an empty dict under FSDP."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def _check_labelled(frame: pl.DataFrame | None, task: Task) -> None:
-    """What teaches and what scores must carry labels, votes or soft ones; a ValueError before any work."""
-    if frame is None:
-        return
-    if len(unlabelled := frame.filter(~is_labelled())):
-        raise ValueError(
-            f"{task.stage} needs labels, but {len(unlabelled):,} of {len(frame):,} comparisons have none, "
-            f"first {'/'.join(unlabelled.select('source', 'id').row(0))}; is this an unlabelled pool? Label "
-            "it with stages/pseudo_label.py and train stage 2 on it"
-        )
-    labels = labels_array(frame)
-    bad = ~(np.abs(labels.sum(1) - 1) <= SUM_TOLERANCE) | (labels < 0).any(1)
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(
-            f"{task.stage}: the labels of {int(bad.sum()):,} comparisons are no probabilities, first "
-            f"{'/'.join(frame.select('source', 'id').row(row))} with {labels[row].tolist()}; expected "
-            "numbers from 0 on that sum to 1"
-        )
-
-
-def _parent_preference(parent: Path, prompter: Prompter) -> dict | None:
-    """preference.json of a checkpoint that a stage continues; its template and tokenizer must be ours."""
-    path = parent / "preference.json"
-    if not path.is_file():
-        return None
-    preference = read_json(path)
-    theirs = preference["prompt"]["template_hash"]
+    path = folder / "preference.json"
+    preference = read_json(path) if path.is_file() else None
+    theirs = prompter.template_hash if preference is None else preference["prompt"]["template_hash"]
     if theirs != prompter.template_hash:
         raise ValueError(
-            f"{parent} was trained with template and tokenizer {theirs[:12]}, here they are "
+            f"{folder} was trained with template and tokenizer {theirs[:12]}, here they are "
             f"{prompter.template_hash[:12]}: continue with the code and tokenizer that it was trained with"
         )
-    return preference
+    return Parent(name=checkpoint, folder=folder, prompter=prompter, preference=preference)
 
 
-def _open_run(
-    task: Task, parent: Path, prompter: Prompter, accelerator: Accelerator
-) -> tuple[Run, dict[str, object]]:
-    """The run folder and its lineage: hashes of everything that goes in."""
+def open_run(
+    stage: str,
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    parent: Parent,
+    *,
+    train: pl.DataFrame,
+    held_out: pl.DataFrame | None,
+    accelerator: Accelerator,
+) -> Run:
+    """The run folder, described by the recipe and the hashes of everything that goes in.
+
+    Raises:
+        ValueError: The folder holds another run.
+    """
     inputs: list[dict[str, object]] = [{}]
     if accelerator.is_main_process:
         inputs[0] = {
-            "checkpoint": checkpoint_hash(parent),
-            "train": table_hash(task.train),
-            "held_out": None if task.held_out is None else table_hash(task.held_out),
-            "prompt": prompter.prompt_hash,
+            "checkpoint": checkpoint_hash(parent.folder),
+            "train": table_hash(train),
+            "held_out": None if held_out is None else table_hash(held_out),
+            "prompt": parent.prompter.prompt_hash,
         }
     broadcast_object_list(inputs)
-    recipe = {"stage": task.stage, "model": task.model, **asdict(task.recipe)}
-    return Run.open(task.output, recipe=recipe, inputs=inputs[0]), {**inputs[0], "parent": task.checkpoint}
+    return Run.open(output, recipe={"stage": stage, "model": model, **asdict(recipe)}, inputs=inputs[0])
 
 
-def _tokenise(
-    frame: pl.DataFrame,
-    prompter: Prompter,
-    task: Task,
-    execution: Execution,
-    accelerator: Accelerator,
-    **variants: object,
+def tokenise_for(
+    recipe: Recipe, frame: pl.DataFrame, parent: Parent, execution: Execution, accelerator: Accelerator
 ) -> Sequences:
-    recipe = task.recipe
-    settings = {"formats": recipe.formats, "orders": orders_of(recipe.swap), "seed": recipe.seed, **variants}
+    """Every comparison in the recipe's formats and orders."""
     return tokenise(
         frame,
-        prompter,
-        cache=execution.artifacts / "tokens",
-        is_writer=accelerator.is_main_process,
-        wait=accelerator.wait_for_everyone,
-        **settings,
+        parent.prompter,
+        formats=recipe.formats,
+        orders=orders_of(recipe.swap),
+        seed=recipe.seed,
+        **_cache(execution, accelerator),
     )
 
 
-def _describe(task: Task, sequences: Sequences, accelerator: Accelerator) -> None:
-    """Prints the resolved recipe, what differs from the table, and what it amounts to."""
-    changed = task.recipe.changed_from(task.table)
-    show_table(
-        f"{task.stage} {task.model} <- {task.checkpoint}",
-        ("recipe", "value", "table"),
-        [
-            (name, value, changed[name][0] if name in changed else "")
-            for name, value in asdict(task.recipe).items()
-        ],
-    )
-    num_steps = len(plan_steps(len(sequences.frame), task.recipe))
+def _cache(execution: Execution, accelerator: Accelerator) -> dict[str, object]:
+    """Where tokens lie, and which process writes them."""
+    return {
+        "cache": execution.artifacts / "tokens",
+        "is_writer": accelerator.is_main_process,
+        "wait": accelerator.wait_for_everyone,
+    }
+
+
+def describe(title: str, recipe: Recipe, table: Recipe, sequences: Sequences, num_processes: int) -> None:
+    """Prints the resolved recipe, what differs from the stage's table, and what it amounts to."""
+    changed = recipe.changed_from(table)
+    rows = [
+        (name, value, changed[name][0] if name in changed else "") for name, value in asdict(recipe).items()
+    ]
+    show_table(title, ("recipe", "value", "table"), rows)
     lengths = sequences.lengths
     rows = [
         ("comparisons", f"{len(sequences.frame):,}"),
         ("sequences (formats x orders)", f"{len(sequences):,}"),
-        ("optimiser steps", f"{num_steps:,}"),
-        ("processes", accelerator.num_processes),
+        ("optimiser steps", f"{len(plan_steps(len(sequences.frame), recipe)):,}"),
+        ("processes", num_processes),
         ("tokens an epoch", f"{int(lengths.sum()):,}"),
         ("tokens a sequence: mean, longest", f"{lengths.mean():,.0f}, {lengths.max():,}"),
         ("truncated sequences", f"{int(sequences.truncated.sum()):,}"),
@@ -238,49 +163,14 @@ def _describe(task: Task, sequences: Sequences, accelerator: Accelerator) -> Non
     show_table("what this amounts to", ("", "number"), rows)
 
 
-def _sequence_summary(sequences: Sequences, recipe: Recipe) -> dict[str, object]:
-    """What was trained on, for the report: how long the sequences are, and how many the budget cut."""
-    counts, edges = np.histogram(sequences.lengths, bins=NUM_LENGTH_BINS)
-    return {
-        "num_sequences": len(sequences),
-        "num_truncated": int(sequences.truncated.sum()),
-        "num_became_identical": int(sequences.became_identical.sum()),
-        "conversation_tokens": recipe.conversation_tokens,
-        "length_edges": edges.tolist(),
-        "length_counts": counts.tolist(),
-    }
-
-
-def _trained_on(train: pl.DataFrame, parent: Path) -> pl.Series:
-    """Content hashes of everything that this model or an ancestor was trained on."""
-    hashes = content_hashes(train)
-    if (parent / "trained_on.parquet").is_file():
-        hashes = pl.concat([hashes, read_trained_on(parent)], rechunk=True)
-    return hashes.unique().sort().alias("content_hash")
-
-
-def _unseen(held_out: pl.DataFrame, trained_on: pl.Series) -> pl.DataFrame:
-    """Held-out rows that no ancestor was trained on; the others are counted."""
-    seen = content_hashes(held_out).is_in(trained_on.implode())
-    if seen.all():
-        raise ValueError(
-            "every held-out comparison was trained on by this model or an ancestor, so there is nothing to "
-            "score. Take another --held-out-fold, or --final in stage 3"
-        )
-    if seen.any():
-        say(f"{seen.sum():,} held-out rows were trained on by an ancestor and are not scored")
-    return held_out.filter(~seen)
-
-
-def _load(task: Task, execution: Execution, accelerator: Accelerator) -> nn.Module:
-    """Weights on the first process (everywhere without FSDP), then placed; prints the surgery."""
-    recipe = task.recipe
+def load_and_place(parent: Parent, recipe: Recipe, *, ops: str, accelerator: Accelerator) -> nn.Module:
+    """Weights on the first process (everywhere without FSDP), then placed; prints the surgery and the ops."""
     sharded = is_fsdp(accelerator)
     model = load_model(
-        task.checkpoint,
+        parent.name,
         dtype=recipe.torch_dtype,
         device="cpu" if sharded else accelerator.device,
-        ops=execution.ops,
+        ops=ops,
         sliding_window=None if recipe.sliding_window == "off" else "checkpoint",
         head_seed=recipe.seed,
         head_dropout=recipe.head_dropout,
@@ -288,42 +178,129 @@ def _load(task: Task, execution: Execution, accelerator: Accelerator) -> nn.Modu
         materialise=accelerator.is_main_process or not sharded,
     )
     if accelerator.is_main_process:
-        say(str(model.surgery))
+        say(f"{model.surgery}; ops: {model.ops}")
     return place(model, accelerator, reduce_dtype=torch.float32 if recipe.reduce_dtype == "fp32" else None)
 
 
-def _score(
+def begin(run: Run, sequences: Sequences, recipe: Recipe, accelerator: Accelerator) -> None:
+    """Writes the run's first files; only now, so that a bad checkpoint leaves no folder behind."""
+    if accelerator.is_main_process:
+        run.begin()
+        counts, edges = np.histogram(sequences.lengths, bins=NUM_LENGTH_BINS)
+        summary = {
+            "num_sequences": len(sequences),
+            "num_truncated": int(sequences.truncated.sum()),
+            "num_became_identical": int(sequences.became_identical.sum()),
+            "conversation_tokens": recipe.conversation_tokens,
+            "length_edges": edges.tolist(),
+            "length_counts": counts.tolist(),
+        }
+        write_json(run.folder / "sequences.json", summary)
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tracker")
+
+
+def score_held_out(
     model: nn.Module,
-    held_out: pl.DataFrame,
-    prompter: Prompter,
-    task: Task,
+    held_out: pl.DataFrame | None,
+    run: Run,
+    recipe: Recipe,
+    parent: Parent,
     execution: Execution,
     accelerator: Accelerator,
+    *,
+    train: pl.DataFrame,
+    trained_on: pl.Series,
 ) -> dict[str, object]:
-    """Scores the held-out comparisons in the given order and saves the probabilities."""
-    sequences = _tokenise(
-        held_out, prompter, task, execution, accelerator, formats=(task.recipe.formats[0],), orders=("given",)
+    """Scores the held-out comparisons that are unseen, in the given order, and saves the probabilities.
+
+    Args:
+        trained_on: As of `common.data.held_out.all_trained_on`.
+
+    Returns:
+        As of `common.score.metrics.score`, and `prior_log_loss`; nothing where nothing is held out.
+
+    Raises:
+        ValueError: The model or an ancestor was trained on all of them.
+    """
+    if held_out is None:
+        return {}
+    held_out = unseen(held_out, trained_on)
+    sequences = tokenise(
+        held_out,
+        parent.prompter,
+        formats=recipe.formats[:1],
+        orders=("given",),
+        seed=recipe.seed,
+        **_cache(execution, accelerator),
     )
     given = predict_orders(
         model,
         sequences,
-        max_tokens=task.recipe.max_tokens_per_micro_batch,
+        max_tokens=recipe.max_tokens_per_micro_batch,
         device=accelerator.device,
         description="scoring the held-out fold",
     )["given"]
     labels = labels_array(sequences.frame)
-    metrics = {
-        **score(given, labels),
-        "prior_log_loss": prior_log_loss(labels_array(task.train), labels),
-    }
+    metrics = {**score(given, labels), "prior_log_loss": prior_log_loss(labels_array(train), labels)}
     if accelerator.is_main_process:
         columns = [pl.Series(name, given[:, i]) for i, name in enumerate(LABELS)]
         keys = sequences.frame.select("source", "id")
-        write_table(keys.with_columns(columns), task.output / "held_out.parquet")
-        low, high = metrics["log_loss_interval"]
+        write_table(keys.with_columns(columns), run.folder / "held_out.parquet")
+        described, (low, high) = run.description["recipe"], metrics["log_loss_interval"]
         say(
-            f"{task.stage} {task.model}: log loss {metrics['log_loss']:.4f} ({low:.4f} to {high:.4f}) on "
+            f"{described['stage']} {described['model']}: log loss {metrics['log_loss']:.4f} "
+            f"({low:.4f} to {high:.4f}) on "
             f"{metrics['num_comparisons']:,} held-out comparisons, accuracy {metrics['accuracy']:.3f}, "
             f"prior {metrics['prior_log_loss']:.4f}"
         )
     return metrics
+
+
+def save(
+    model: nn.Module,
+    run: Run,
+    recipe: Recipe,
+    parent: Parent,
+    accelerator: Accelerator,
+    *,
+    metrics: dict[str, object],
+    train: pl.DataFrame,
+    trained_on: pl.Series,
+) -> None:
+    """Writes the checkpoint, what it was trained on and where it comes from, and ends the run."""
+    weights = full_state_dict(model)
+    if accelerator.is_main_process:
+        write_table(trained_on.to_frame(), run.folder / "trained_on.parquet")
+        described = run.description
+        save_checkpoint(
+            run.folder,
+            model=model,
+            state_dict=weights,
+            tokenizer=parent.prompter.tokenizer,
+            preference={
+                "stage": described["recipe"]["stage"],
+                "model": described["recipe"]["model"],
+                "classes": list(LABELS),
+                "formats": list(recipe.formats),
+                "prompt": parent.prompter.describe(),
+                "recipe": asdict(recipe),
+                "metrics": metrics,
+                "label_prior": labels_array(train).mean(axis=0, dtype=np.float64).tolist(),
+                "lineage": {
+                    **described["inputs"],
+                    "parent": parent.name,
+                    "parent_stage": (parent.preference or {}).get("stage"),
+                    "train_sources": dict(sorted(train["source"].value_counts().iter_rows())),
+                },
+                "versions": {name: version(name) for name in ("torch", "transformers", "torch-optimi")},
+            },
+        )
+        run.finish(metrics)
+        say(f"{run.folder} is complete")
+    accelerator.end_training()
+
+
+def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Whole tensors on the CPU of the first process; the others get an empty dict under FSDP."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

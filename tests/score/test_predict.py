@@ -11,8 +11,9 @@ from common.batching import pack
 from common.data.table import LABELS, swap
 from common.models import load_model, save_checkpoint
 from common.prompts import ORDERS, Prompter
-from common.score.predict import average, open_model, open_prompter, predict, predict_orders
+from common.score.predict import average, predict, predict_orders
 from common.tokens import tokenise
+from common.trained import open_model, open_prompter
 
 
 @pytest.fixture(scope="module")

@@ -455,7 +455,7 @@ def test_a_loss_that_is_not_finite_names_the_rows(world, tmp_path, monkeypatch):
 
     models = []
     monkeypatch.setattr(
-        "common.train.steps.fit", lambda model, *a, **k: (models.append(model), fit(model, *a, **k))
+        "common.train.fit.fit", lambda model, *a, **k: (models.append(model), fit(model, *a, **k))
     )
     expected = rf"step 3: the loss is not finite for votes/{marked} \(1 comparisons\)"
     message = assert_refused(words, expected, "lower --lr", artifacts=tmp_path / "stage1")

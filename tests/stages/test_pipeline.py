@@ -24,8 +24,7 @@ from transformers import AutoTokenizer
 
 from common.data.table import LABELS, content_hashes, labels_array, swap, table_hash, write_comparisons
 from common.files import file_hash, read_json
-from common.inputs import checkpoint_hash
-from common.models import load_model
+from common.models import checkpoint_hash, load_model
 from common.prompts import ORDERS, Prompter
 
 FAMILIES = ("gemma", "llama")

@@ -1,4 +1,4 @@
-"""What stages read: comparison tables, the held-out fold, finished checkpoints and their past."""
+"""What may be trained on and what may be scored: folds, labels, and what a checkpoint has already seen."""
 
 from pathlib import Path
 from typing import Literal
@@ -6,20 +6,23 @@ from typing import Literal
 import polars as pl
 
 from common.console import say
-from common.data.table import content_hashes, read_comparisons, write_rejected
-from common.files import file_hash, read_json, text_hash
-from common.prompts import INSTRUCTION
-from common.train.recipe import Execution
+from common.data.table import content_hashes, is_labelled, read_comparisons, write_rejected
 
 Seen = Literal["refuse", "drop"]
 
 
-def load_comparisons(paths: tuple[Path, ...], execution: Execution) -> pl.DataFrame:
-    """Reads comparison tables and says what was read; bad rows stop, or land beside the artifacts."""
-    frame, report = read_comparisons(paths, skip_bad_rows=execution.skip_bad_rows)
+def load_comparisons(paths: tuple[Path, ...], *, artifacts: Path, skip_bad_rows: bool) -> pl.DataFrame:
+    """Reads comparison tables and says what was read.
+
+    Args:
+        paths: Parquets, in this order.
+        artifacts: Folder below which bad rows are listed.
+        skip_bad_rows: Leave bad rows out instead of stopping.
+    """
+    frame, report = read_comparisons(paths, skip_bad_rows=skip_bad_rows)
     say(str(report))
     if len(report.rejected):
-        side = execution.artifacts / "rejected" / f"{'+'.join(path.stem for path in paths)}.parquet"
+        side = artifacts / "rejected" / f"{'+'.join(path.stem for path in paths)}.parquet"
         write_rejected(report, side)
         say(f"{len(report.rejected)} rejected rows are in {side}")
     return frame
@@ -47,40 +50,27 @@ def without_content_of(train: pl.DataFrame, held_out: pl.DataFrame) -> pl.DataFr
     return train.filter(~leaked)
 
 
-def read_instruction(path: Path | None) -> str:
-    """The instruction in a text file, or ours."""
-    if path is None:
-        return INSTRUCTION
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--instruction {path} cannot be read: {error}") from error
-    if not text:
-        raise ValueError(f"--instruction {path} is empty")
-    return text
+def require_labels(stage: str, *frames: pl.DataFrame | None) -> None:
+    """What teaches and what scores must carry labels, votes or soft ones; a ValueError before any work."""
+    for frame in frames:
+        if frame is not None and len(unlabelled := frame.filter(~is_labelled())):
+            raise ValueError(
+                f"{stage} needs labels, but {len(unlabelled):,} of {len(frame):,} comparisons have none, "
+                f"first {'/'.join(unlabelled.select('source', 'id').row(0))}; is this an unlabelled pool? "
+                "Label it with stages/pseudo_label.py and train stage 2 on it"
+            )
 
 
-def checkpoint_hash(folder: Path) -> str:
-    """Identity of a checkpoint: its weights, configuration and preference head settings."""
-    names = ("*.safetensors", "config.json", "preference.json")
-    files = sorted(path for name in names for path in folder.glob(name))
-    return text_hash(*(f"{path.name} {file_hash(path)}" for path in files))
+def all_trained_on(train: pl.DataFrame, parent: Path) -> pl.Series:
+    """Content hashes of `train` and of everything that the checkpoint `parent` or an ancestor was trained on.
 
-
-def find_complete(folder: Path) -> tuple[Path, ...]:
-    """Folders of finished validation runs below `folder`, by name; finals are left out.
-
-    Raises:
-        ValueError: There is none.
+    Returns:
+        Series "content_hash", sorted, each once.
     """
-    found = tuple(
-        path.parent
-        for path in sorted(folder.glob("*/run.json"))
-        if read_json(path).get("status") == "complete" and not path.parent.name.endswith("-final")
-    )
-    if not found:
-        raise ValueError(f"{folder} holds no finished run; train one first, or name checkpoints")
-    return found
+    hashes = content_hashes(train)
+    if (parent / "trained_on.parquet").is_file():
+        hashes = pl.concat([hashes, read_trained_on(parent)], rechunk=True)
+    return hashes.unique().sort().alias("content_hash")
 
 
 def read_trained_on(checkpoint: Path) -> pl.Series:
@@ -102,6 +92,27 @@ def read_trained_on(checkpoint: Path) -> pl.Series:
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read: {reason}. Copy it again or train again") from error
+
+
+def unseen(held_out: pl.DataFrame, trained_on: pl.Series) -> pl.DataFrame:
+    """Held-out rows that no ancestor was trained on; the others are counted.
+
+    Args:
+        held_out: Comparisons.
+        trained_on: As of `all_trained_on`.
+
+    Raises:
+        ValueError: None is left.
+    """
+    seen = content_hashes(held_out).is_in(trained_on.implode())
+    if seen.all():
+        raise ValueError(
+            "every held-out comparison was trained on by this model or an ancestor, so there is nothing to "
+            "score. Take another --held-out-fold, or --final in stage 3"
+        )
+    if seen.any():
+        say(f"{seen.sum():,} held-out rows were trained on by an ancestor and are not scored")
+    return held_out.filter(~seen)
 
 
 def without_seen(frame: pl.DataFrame, checkpoint: Path, seen: Seen) -> pl.DataFrame:
