@@ -10,23 +10,38 @@ Weights are converted one model at a time on the CPU: 9B takes about 20 GB of me
 import os
 import shutil
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import polars as pl
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from bundle_manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manifest
 from common.console import cli, say, show_table
 from common.data.table import LABELS, is_labelled, labels_array
-from common.files import file_hash, read_json, replacing_folder, write_json
+from common.files import file_hash, read_json, replacing_folder, text_hash, write_json
 from common.models import checkpoint_hash, load_model, save_checkpoint
 from common.prompts import Order
 from common.score.calibration import cross_fit_weights
 from common.score.ensemble import contributed, interval, read_group
 from common.trained import open_prompter
-from contents import KERNEL, LIBRARIES, code_hash, needed_distributions, write_code
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "kaggle/notebook.ipynb"
+SERVED = (
+    *("files", "console", "batching", "ops", "models", "data/__init__", "data/table", "data/votes_csv"),
+    *("prompts", "trained", "score/__init__", "score/metrics"),
+)
+"""Modules of `common` that the notebook needs."""
+SCRIPTS = ("infer.py", "bundle_manifest.py")
+LIBRARIES = ("torch", "transformers", "safetensors", "polars", "rich", "numpy", "huggingface-hub", "jinja2")
+"""What the served code imports; the notebook's machine has them."""
+KERNEL = ("ipykernel",)
+"""What runs a notebook; the notebook's machine has it."""
 
 OrderPolicy = Literal[Order, "both"]
 POLICY: dict[str, tuple[OrderPolicy, float]] = {
@@ -352,6 +367,61 @@ def is_same(output: Path, manifest: dict) -> bool:
         say(f"{error}; building it again")
         return False
     return True
+
+
+def needed_distributions(names: tuple[str, ...]) -> dict[str, str]:
+    """The installed distributions that `names` need, themselves included: name -> version, sorted."""
+    found, todo = {}, [canonicalize_name(name) for name in names]
+    while todo:
+        name = todo.pop()
+        if name in found:
+            continue
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError as error:
+            raise ValueError(
+                f"{name} is not installed, but the bundle serves with it; run just setup"
+            ) from error
+        found[name] = installed.version
+        for line in installed.requires or ():
+            requirement = Requirement(line)
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                todo.append(canonicalize_name(requirement.name))
+    return dict(sorted(found.items()))
+
+
+def code_files() -> dict[str, Path]:
+    """Name within the bundle's code/ -> file of this repository."""
+    files = {name: ROOT / "kaggle" / name for name in SCRIPTS} | {
+        "common/__init__.py": ROOT / "common/__init__.py"
+    }
+    for name in SERVED:
+        path = ROOT / "common" / name
+        sources = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        files |= {source.relative_to(ROOT).as_posix(): source for source in sources}
+    return files
+
+
+def code_hash(wheels: Path | None) -> str:
+    """Identity of everything in a bundle but its models."""
+    files = [
+        *code_files().values(),
+        NOTEBOOK,
+        Path(__file__),
+        *(sorted(wheels.glob("*.whl")) if wheels else ()),
+    ]
+    return text_hash(*(f"{path.name} {file_hash(path)}" for path in files))
+
+
+def write_code(folder: Path, wheels: Path | None) -> None:
+    """Copies the served code, the wheels and the notebook."""
+    for name, source in code_files().items():
+        (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / "code" / name)
+    (folder / "wheels").mkdir()
+    for wheel in wheels.glob("*.whl") if wheels else ():
+        shutil.copyfile(wheel, folder / "wheels" / wheel.name)
+    shutil.copyfile(NOTEBOOK, folder / NOTEBOOK.name)
 
 
 def show_models(models: list[dict]) -> None:

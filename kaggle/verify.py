@@ -26,6 +26,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from bundle import ROOT
 from bundle_manifest import MANIFEST, VERIFICATION, read_bundle, seal
 from common.console import cli, say, show_table
 from common.data.table import LABELS, SCHEMA, swap
@@ -35,7 +36,6 @@ from common.models import checkpoint_hash
 from common.score.predict import predict
 from common.tokens import tokenise
 from common.trained import open_model, open_prompter
-from contents import ROOT
 from sandbox import NAMESPACE, SOCKET_BLOCK, isolation, make_environment, run_notebook
 from stress import write_stress_set
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 from helpers import ROOT, make_checkpoint
 
-from contents import LIBRARIES, SERVED
+from bundle import LIBRARIES, SERVED
 
 ABSENT = (
     "accelerate",

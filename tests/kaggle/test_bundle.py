@@ -10,11 +10,11 @@ from conftest import make_final
 from safetensors.torch import load_file, save_file
 
 import bundle as bundling
+from bundle import code_files
 from bundle_manifest import MANIFEST, read_bundle
 from common.data.table import LABELS
 from common.files import file_hash, read_json, write_json
 from common.models import load_model
-from contents import code_files
 
 
 def build(artifacts, **flags):

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from helpers import ROOT
 
-from contents import KERNEL, needed_distributions
+from bundle import KERNEL, needed_distributions
 from sandbox import NAMESPACE, SOCKET_BLOCK, isolation, make_environment, run_notebook
 
 CONNECT = """
