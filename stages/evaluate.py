@@ -86,11 +86,11 @@ class Args:
             raise ValueError(f"--orders is {self.orders}, expected one or both of {ORDERS}")
         if self.weights and (min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ValueError(f"--weights is {self.weights}, expected numbers >= 0 with a sum above 0")
-        found = self.orders if self.table is None else ("given",)
+        source, found = ("--orders", self.orders) if self.table is None else ("--table", ("given",))
         if missing := set(self.ensemble_orders) - {"both", *found}:
             raise ValueError(
-                f"--ensemble-orders asks for {missing.pop()}, but only {found[0]} is there; say both or "
-                f"{found[0]}" + ", or have both computed (--orders)" * (self.table is None)
+                f"--ensemble-orders asks for {missing.pop()}, but {source} has only {found[0]}; say both or "
+                f"{found[0]}"
             )
         given = [f"--{name}" for name in ("checkpoints", "comparisons") if getattr(self, name)]
         given += ["--fold"] * (self.fold is not None)
@@ -102,16 +102,16 @@ class Args:
 
 def main(args: Args) -> None:
     accelerator = start(replicas=True)
-    if args.table is None:
-        checkpoints, given = find_checkpoints(args), {}
-        frame = find_comparisons(args, tuple(checkpoints.values()))
-    else:
-        checkpoints, (frame, given) = {}, read_table(args.table)
-    check_calibration(args, frame)
+    checkpoints = find_checkpoints(args) if args.table is None else {}
+    frame, given = (None, {}) if args.table is None else read_table(args.table)
     names = [*checkpoints, *given]
+    ensemble = resolve_ensemble(args, names)
+    if frame is None:
+        frame = find_comparisons(args, tuple(checkpoints.values()))
+    check_calibration(args, frame)
     run = Run.open(
         args.execution.artifacts / "evaluate" / args.name,
-        recipe={"models": names, "orders": list(args.orders), **resolve_ensemble(args, names)},
+        recipe={"models": names, "orders": list(args.orders), **ensemble},
         inputs={
             "checkpoints": [checkpoint_hash(path) for path in checkpoints.values()],
             "probabilities": [],  # says nothing any more, but finished evaluations hold it
@@ -342,12 +342,8 @@ def write_submission(path: Path, probabilities: Path, frame: pl.DataFrame) -> No
         "id", *(pl.col(f"{ENSEMBLE}/{label}").cast(pl.Float64).alias(label) for label in LABELS)
     )
     total = pl.sum_horizontal(LABELS)
-    table = (
-        frame.select("id")
-        .join(ensemble, on="id", how="left", maintain_order="left", validate="1:1")
-        .with_columns(pl.col(label) / total for label in LABELS)
-    )
-    write_table(table, path)
+    table = frame.select("id").join(ensemble, on="id", how="left", maintain_order="left", validate="1:1")
+    write_table(table.with_columns(pl.col(label) / total for label in LABELS), path)
 
 
 if __name__ == "__main__":

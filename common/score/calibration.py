@@ -23,7 +23,7 @@ PRIOR_WEIGHT = 1.0
 that is already weak against the data; without it, rows that a scaling separates perfectly would send the
 scale to infinity, and the biases, of which only differences matter, would not be determined."""
 GRADIENT_TOLERANCE = 1e-12
-"""Of the mean loss, at the minimum: rounding ends the fit first, which is as good."""
+"""Slope of the mean loss that counts as none; a fit also ends where rounding hides what is left to gain."""
 MAX_WEIGHT_STEPS = 20_000
 LOSS_TOLERANCE = 1e-7
 """Nats a comparison that fitted weights may lie above the optimum."""

@@ -33,8 +33,8 @@ PRIOR = "prior"
 NUM_MODEL_PAIRS = 10
 CLASSES = ("a", "b", "tie")
 TABLE_FORM = (
-    "expected id; perhaps source, model_a and model_b (names); a label, either as label (a, b, tie, or empty "
-    f"where there is none) or as {', '.join(LABELS)}; and of each model x: x_a, x_b, x_tie"
+    "expected id; perhaps source, model_a and model_b (names), and a label, as label (a, b, tie or empty) or "
+    f"as {', '.join(LABELS)}; and of each model x: x_a, x_b, x_tie"
 )
 
 Groups = dict[str, np.ndarray]
