@@ -1,7 +1,7 @@
 """Evaluation: any checkpoints, and their weighted ensemble, on any comparisons.
 
-In    checkpoints (by default every complete one in artifacts/stage3 but the finals), or files of
-      probabilities; comparison tables. Or one table of votes and probabilities (--table), nothing else
+In    checkpoints (by default every complete one in artifacts/stage3 but the finals); comparison tables.
+      Or one table of votes and of probabilities made elsewhere (--table), nothing else
 Out   artifacts/evaluate/<name>/ : probabilities.parquet (labels, every model and order, the ensemble),
       scores.json, reliability.png; with --calibrate also calibration.json
 Run   just evaluate --checkpoints artifacts/stage1/gemma9b artifacts/stage1/armorm8b --name stage1
@@ -22,7 +22,7 @@ import numpy as np
 import polars as pl
 from accelerate import Accelerator
 
-from common.console import cli, say
+from common.console import cli, say, show_table
 from common.data.held_out import Seen, load_comparisons, without_seen
 from common.data.table import LABELS, is_labelled, labels_array, table_hash, write_table
 from common.files import file_hash, read_json, write_json
@@ -32,21 +32,20 @@ from common.runs import Run, find_complete
 from common.score.calibration import MIN_LABELLED, calibrate
 from common.score.ensemble import (
     ENSEMBLE,
+    FITTED,
+    PRIOR,
     EnsembleOrder,
-    check_ensemble_orders,
-    checkpoint_prior,
     contributed,
     group_keys,
+    interval,
     labelled_rows,
     make_groups,
     probability_table,
     read_group,
+    read_table,
     score_groups,
-    show_calibration,
-    show_scores,
 )
 from common.score.predict import predict_orders
-from common.score.probability_files import read_probabilities, read_table
 from common.tokens import tokenise
 from common.train.launch import start
 from common.train.recipe import Execution, by_flags
@@ -59,17 +58,15 @@ class Args:
 
     execution: Execution = field(default_factory=Execution)
     checkpoints: tuple[Path, ...] = ()
-    """Checkpoint folders; by default, without --probabilities, every complete one in <artifacts>/stage3."""
-    probabilities: tuple[Path, ...] = ()
-    """Parquet or CSV files of given probabilities: id, winner_model_a, winner_model_b, winner_tie."""
+    """Checkpoint folders; by default every complete one in <artifacts>/stage3."""
     comparisons: tuple[Path, ...] = ()
     """Comparison tables; by default arena55k.parquet below <artifacts>/data."""
     table: Path | None = None
-    """In place of all these: a Parquet or CSV with id, a label, and of each model x: x_a, x_b, x_tie."""
+    """In place of these: a Parquet or CSV of id, label (a, b, tie) and each model's x_a, x_b, x_tie."""
     fold: int | None = None
     """Only this fold; by default fold 0 of the default comparisons, and all of named ones."""
     weights: tuple[float, ...] = ()
-    """Ensemble weights, one a checkpoint, then one a file of probabilities; equal by default."""
+    """Ensemble weights, one a model; equal by default."""
     orders: tuple[Order, ...] = ORDERS
     """Orders in which the answers are shown."""
     ensemble_orders: tuple[EnsembleOrder, ...] = ()
@@ -90,8 +87,13 @@ class Args:
             raise ValueError(f"--orders is {self.orders}, expected one or both of {ORDERS}")
         if self.weights and (min(self.weights) < 0 or sum(self.weights) <= 0):
             raise ValueError(f"--weights is {self.weights}, expected numbers >= 0 with a sum above 0")
-        others = ("checkpoints", "probabilities", "comparisons")
-        given = [f"--{name}" for name in others if getattr(self, name)]
+        source, found = ("--orders", self.orders) if self.table is None else ("--table", ("given",))
+        if missing := set(self.ensemble_orders) - {"both", *found}:
+            raise ValueError(
+                f"--ensemble-orders asks for {missing.pop()}, but {source} has only {found[0]}; say both or "
+                f"{found[0]}"
+            )
+        given = [f"--{name}" for name in ("checkpoints", "comparisons") if getattr(self, name)]
         given += ["--fold"] * (self.fold is not None)
         if self.table is not None and given:
             raise ValueError(
@@ -101,36 +103,30 @@ class Args:
 
 def main(args: Args) -> None:
     accelerator = start(replicas=True)
-    checkpoints, files = {}, {}
-    if args.table is not None:
-        frame, given = read_table(args.table)
-        computed = {name: tuple(orders) for name, orders in given.items()}
-    else:
-        checkpoints, files = find_models(args)
-        computed = dict.fromkeys(checkpoints, args.orders) | dict.fromkeys(files, ("given",))
-    ensemble = resolve_ensemble(args, computed)
-    if args.table is None:
+    checkpoints = find_checkpoints(args) if args.table is None else {}
+    frame, given = (None, {}) if args.table is None else read_table(args.table)
+    names = [*checkpoints, *given]
+    ensemble = resolve_ensemble(args, names)
+    if frame is None:
         frame = find_comparisons(args, tuple(checkpoints.values()))
-        given = {name: {"given": read_probabilities(path, frame)} for name, path in files.items()}
     check_calibration(args, frame)
     run = Run.open(
         args.execution.artifacts / "evaluate" / args.name,
-        recipe={"models": list(computed), "orders": list(args.orders), **ensemble},
+        recipe={"models": names, "orders": list(args.orders), **ensemble},
         inputs={
             "checkpoints": [checkpoint_hash(path) for path in checkpoints.values()],
-            "probabilities": [file_hash(path) for path in files.values()],
+            "probabilities": [],  # says nothing any more, but finished evaluations hold it
             "comparisons": table_hash(frame) if args.table is None else file_hash(args.table),
         },
     )
     if run.is_complete:
         say(f"{run.folder} is up to date")
     else:
-        found = {
-            name: predict_checkpoint(path, frame, args, accelerator) for name, path in checkpoints.items()
-        }
+        found = {name: {"given": values} for name, values in given.items()}
+        for name, path in checkpoints.items():
+            found[name] = predict_checkpoint(path, frame, args, accelerator)
         if accelerator.is_main_process:
-            prior = checkpoint_prior(tuple(checkpoints.values()))
-            finish(run, frame.sort("source", "id"), found | given, prior)
+            finish(run, frame.sort("source", "id"), found, checkpoint_prior(tuple(checkpoints.values())))
     if accelerator.is_main_process:
         show_scores(args.name, run.metrics)
         if args.calibrate:
@@ -140,38 +136,36 @@ def main(args: Args) -> None:
             say(f"{args.submission}: {len(frame):,} rows")
 
 
-def find_models(args: Args) -> tuple[dict[str, Path], dict[str, Path]]:
-    """(name -> checkpoint, name -> file of probabilities)."""
-    for path in args.probabilities:
-        if not path.is_file():
-            raise ValueError(f"--probabilities {path} is not a file; expected a Parquet or CSV")
-    checkpoints = args.checkpoints
-    if not checkpoints and not args.probabilities:
-        checkpoints = find_complete(args.execution.artifacts / "stage3")
-    names = unique_names([*checkpoints, *args.probabilities])
-    files = dict(zip(names[len(checkpoints) :], args.probabilities, strict=True))
-    return dict(zip(names, checkpoints, strict=False)), files
-
-
-def resolve_ensemble(args: Args, computed: dict[str, tuple[str, ...]]) -> dict[str, list]:
-    """What each model adds to the ensemble, for the recipe.
-
-    Args:
-        computed: Model -> the orders that there are, or will be.
+def find_checkpoints(args: Args) -> dict[str, Path]:
+    """Name -> checkpoint: the last part of its path, with the parent before it where two are alike.
 
     Raises:
-        ValueError: A flag does not have one entry a model, or asks for an order that is not there.
+        ValueError: There is none, or that does not tell them apart.
     """
-    names = list(computed)
-    weights = args.weights or (1.0,) * len(names)
-    if len(weights) != len(names):
-        raise ValueError(
-            f"--weights has {len(weights)} numbers for {len(names)} models ({' '.join(names)}); "
-            "give one a model, in that order"
-        )
-    ensemble_orders = args.ensemble_orders or ("both",) * len(names)
-    check_ensemble_orders(ensemble_orders, computed)
-    return {"weights": list(weights), "ensemble_orders": list(ensemble_orders)}
+    paths = args.checkpoints or find_complete(args.execution.artifacts / "stage3")
+    names = [path.name for path in paths]
+    names = [
+        name if names.count(name) == 1 else f"{path.resolve().parent.name}-{name}"
+        for name, path in zip(names, paths, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{', '.join(map(str, paths))}: two of these would be called the same; rename one")
+    return dict(zip(names, paths, strict=True))
+
+
+def resolve_ensemble(args: Args, names: list[str]) -> dict[str, list]:
+    """What each model adds to the ensemble, for the recipe; a flag must have one entry a model."""
+    resolved = {
+        "weights": list(args.weights) or [1.0] * len(names),
+        "ensemble_orders": list(args.ensemble_orders) or ["both"] * len(names),
+    }
+    for name, values in resolved.items():
+        if len(values) != len(names):
+            raise ValueError(
+                f"--{name.replace('_', '-')} has {len(values)} entries for {len(names)} models "
+                f"({' '.join(names)}); give one a model, in that order"
+            )
+    return resolved
 
 
 def check_calibration(args: Args, frame: pl.DataFrame) -> None:
@@ -229,22 +223,6 @@ def predict_checkpoint(
     )
 
 
-def unique_names(paths: list[Path]) -> list[str]:
-    """The last part of each path, with the parent before it where two are alike.
-
-    Raises:
-        ValueError: That does not tell them apart.
-    """
-    stems = [path.stem if path.is_file() else path.name for path in paths]
-    names = [
-        stem if stems.count(stem) == 1 else f"{path.resolve().parent.name}-{stem}"
-        for stem, path in zip(stems, paths, strict=True)
-    ]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{', '.join(map(str, paths))}: two of these would be called the same; rename one")
-    return names
-
-
 def finish(
     run: Run, frame: pl.DataFrame, orders: dict[str, dict[str, np.ndarray]], prior: list[float] | None
 ) -> None:
@@ -267,6 +245,13 @@ def finish(
             run.folder / "reliability.png", {name: (p[labelled], labels) for name, p in shown.items()}
         )
     run.finish(scores)
+
+
+def checkpoint_prior(checkpoints: tuple[Path, ...]) -> list[float] | None:
+    """Mean of the label frequencies that the checkpoints were trained on; None where none of them says."""
+    found = [read_json(path / "preference.json").get("label_prior") for path in checkpoints]
+    found = [prior for prior in found if prior]
+    return np.mean(found, axis=0).tolist() if found else None
 
 
 def ensemble_members(run: Run) -> dict[str, EnsembleOrder]:
@@ -305,6 +290,59 @@ def find_calibration(run: Run, frame: pl.DataFrame) -> dict[str, object]:
     return found
 
 
+def show_scores(title: str, scores: dict[str, dict]) -> None:
+    """Prints one row a model and order, then the fitted weights and the ensemble's slices."""
+    if not scores:
+        say("the comparisons are unlabelled: no score")
+        return
+    columns = ("model / order", "comparisons", "log loss", "95 % interval", "accuracy", "calibration", "swap")
+    show_table(title, columns, [score_row(group, found) for group, found in scores.items()])
+    say(f"prior: always the mean of {scores[PRIOR]['from']}")
+    if fitted := scores.get(FITTED):
+        weights = ", ".join(f"{name} {weight:.3f}" for name, weight in fitted["weights"].items())
+        gain = f"gain {fitted['gain']:.4f} ({interval(fitted['gain_interval'])})"
+        say(f"{FITTED}: {gain} over the given weights, across folds; weights fitted on all: {weights}")
+    show_table(
+        f"{title}, {ENSEMBLE} by slice",
+        ("slice", "by", "comparisons", "log loss", "95 % interval"),
+        [
+            (name, dimension, f"{s['num_comparisons']:,}", f"{s['log_loss']:.4f}", interval(s["interval"]))
+            for dimension, groups in scores[ENSEMBLE]["slices"].items()
+            for name, s in groups.items()
+        ],
+    )
+
+
+def score_row(group: str, found: dict) -> tuple[str | None, ...]:
+    """The cells of one model and order."""
+    swap = found.get("swap_consistency")
+    return (
+        group,
+        f"{found['num_comparisons']:,}",
+        f"{found['log_loss']:.4f}",
+        interval(found["log_loss_interval"]),
+        f"{found['accuracy']:.3f}",
+        f"{found['calibration_error']['top']:.3f}",
+        swap and f"{swap['mean_absolute_difference']:.3f}",
+    )
+
+
+def show_calibration(title: str, found: dict[str, dict]) -> None:
+    """Prints one row a model, and the ensemble: both scalings with their gain, and what is kept."""
+    rows = []
+    for name, one in {**found["per_model"], ENSEMBLE: found}.items():
+        judged = [
+            f"{fit['log_loss']:.4f}\n{fit['gain']:+.4f} ({interval(fit['gain_interval'])})"
+            for fit in (one["temperature"], one["vector"])
+        ]
+        rows.append((name, f"{one['uncalibrated_log_loss']:.4f}", *judged, one["kept"] or "neither"))
+    show_table(
+        f"{title}, calibrated across folds: log loss; gain (95 % interval)",
+        ("model", "uncalibrated", "temperature", "vector", "kept"),
+        rows,
+    )
+
+
 def write_submission(path: Path, probabilities: Path, frame: pl.DataFrame) -> None:
     """Writes id and the ensemble's three probabilities, each row summing to 1, in the order of `frame`."""
     if frame["id"].is_duplicated().any():
@@ -313,12 +351,8 @@ def write_submission(path: Path, probabilities: Path, frame: pl.DataFrame) -> No
         "id", *(pl.col(f"{ENSEMBLE}/{label}").cast(pl.Float64).alias(label) for label in LABELS)
     )
     total = pl.sum_horizontal(LABELS)
-    table = (
-        frame.select("id")
-        .join(ensemble, on="id", how="left", maintain_order="left", validate="1:1")
-        .with_columns(pl.col(label) / total for label in LABELS)
-    )
-    write_table(table, path)
+    table = frame.select("id").join(ensemble, on="id", how="left", maintain_order="left", validate="1:1")
+    write_table(table.with_columns(pl.col(label) / total for label in LABELS), path)
 
 
 if __name__ == "__main__":

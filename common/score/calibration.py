@@ -10,6 +10,8 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy.optimize import minimize
+from scipy.special import log_softmax, softmax
 
 from common.score.metrics import MIN_PROBABILITY, bootstrap_interval, per_row_log_loss, rescale
 
@@ -20,7 +22,8 @@ PRIOR_WEIGHT = 1.0
 """Every parameter is drawn to the identity as by a normal prior of standard deviation 1. On a hundred rows
 that is already weak against the data; without it, rows that a scaling separates perfectly would send the
 scale to infinity, and the biases, of which only differences matter, would not be determined."""
-MAX_NEWTON_STEPS = 100
+GRADIENT_TOLERANCE = 1e-12
+"""Slope of the mean loss that counts as none; a fit also ends where rounding hides what is left to gain."""
 MAX_WEIGHT_STEPS = 20_000
 LOSS_TOLERANCE = 1e-7
 """Nats a comparison that fitted weights may lie above the optimum."""
@@ -37,10 +40,7 @@ def fit_temperature(probabilities: np.ndarray, labels: np.ndarray) -> Scaling:
     Raises:
         ValueError: As in `per_row_log_loss`.
     """
-    num_classes = _log(probabilities, labels).shape[1]
-    directions = np.ones((1, 2 * num_classes))
-    directions[:, num_classes:] = 0.0
-    return _fit_scaling(probabilities, labels, directions)
+    return _fit_scaling(probabilities, labels, per_class=False)
 
 
 def fit_vector(probabilities: np.ndarray, labels: np.ndarray) -> Scaling:
@@ -51,7 +51,7 @@ def fit_vector(probabilities: np.ndarray, labels: np.ndarray) -> Scaling:
     Raises:
         ValueError: As in `per_row_log_loss`.
     """
-    return _fit_scaling(probabilities, labels, np.eye(2 * _log(probabilities, labels).shape[1]))
+    return _fit_scaling(probabilities, labels, per_class=True)
 
 
 def fit_weights(models: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
@@ -109,17 +109,17 @@ def calibrate(probabilities: np.ndarray, labels: np.ndarray, keys: Sequence[str]
         ValueError: There are fewer than `MIN_LABELLED` rows, or too few different keys; as in
             `per_row_log_loss`.
     """
-    before = per_row_log_loss(probabilities, labels)
-    parts = assign_parts(keys)
+    before, parts = per_row_log_loss(probabilities, labels), assign_parts(keys)
     result: dict[str, object] = {"uncalibrated_log_loss": float(before.mean())}
     for name, fit in (("temperature", fit_temperature), ("vector", fit_vector)):
-        found = cross_fit(
+        scale, bias = fit(probabilities, labels)
+        _, judged = cross_fit(
             parts,
+            labels,
+            before,
             fit=lambda rows, fit=fit: fit(probabilities[rows], labels[rows]),
             apply=lambda scaling, rows: rescale(probabilities[rows], *scaling),
         )
-        scale, bias = fit(probabilities, labels)
-        judged = _gain(before, found, labels)
         result[name] = {"scale": scale.tolist(), "bias": bias.tolist(), **judged}
     beyond_doubt = [name for name in ("temperature", "vector") if result[name]["gain_interval"][0] > 0]
     kept = max(beyond_doubt, key=lambda name: result[name]["gain"], default=None)
@@ -146,13 +146,14 @@ def cross_fit_weights(
         ValueError: As in `calibrate`.
     """
     models = np.asarray(models, dtype=np.float64)
-    found = cross_fit(
+    found, judged = cross_fit(
         assign_parts(keys),
+        labels,
+        per_row_log_loss(pool(models, given), labels),
         fit=lambda rows: fit_weights(models[:, rows], labels[rows]),
         apply=lambda weights, rows: pool(models[:, rows], weights),
     )
-    before = per_row_log_loss(pool(models, given), labels)
-    return found, {"weights": fit_weights(models, labels).tolist(), **_gain(before, found, labels)}
+    return found, {"weights": fit_weights(models, labels).tolist(), **judged}
 
 
 def assign_parts(keys: Sequence[str]) -> np.ndarray:
@@ -176,30 +177,27 @@ def assign_parts(keys: Sequence[str]) -> np.ndarray:
     return parts
 
 
-def cross_fit(parts: np.ndarray, *, fit: Callable, apply: Callable) -> np.ndarray:
-    """Answers each part with what was fitted on all others.
+def cross_fit(
+    parts: np.ndarray, labels: np.ndarray, before: np.ndarray, *, fit: Callable, apply: Callable
+) -> tuple[np.ndarray, dict[str, object]]:
+    """Answers each part with what was fitted on all others, and judges the answers.
 
     Args:
-        parts: int [num_rows].
-        fit: Rows (bool [num_rows]) -> parameters.
+        parts: int [num_comparisons].
+        labels: [num_comparisons, C].
+        before: [num_comparisons], the losses in nats to compare with.
+        fit: Rows (bool [num_comparisons]) -> parameters.
         apply: Parameters and rows -> probabilities [rows, C].
 
     Returns:
-        float64 [num_rows, C].
+        The answers, float64 [num_comparisons, C]; their `log_loss`, `gain` and `gain_interval`.
     """
-    found = None
+    found = np.empty(labels.shape)
     for part in np.unique(parts):
         rows = parts == part
-        answers = apply(fit(~rows), rows)
-        if found is None:
-            found = np.empty((len(parts), answers.shape[1]))
-        found[rows] = answers
-    return found
-
-
-def _gain(before: np.ndarray, found: np.ndarray, labels: np.ndarray) -> dict[str, object]:
+        found[rows] = apply(fit(~rows), rows)
     after = per_row_log_loss(found, labels)
-    return {
+    return found, {
         "log_loss": float(after.mean()),
         "gain": float((before - after).mean()),
         "gain_interval": list(bootstrap_interval(before - after)),
@@ -212,46 +210,35 @@ def _log(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.log(np.clip(np.asarray(probabilities, dtype=np.float64), MIN_PROBABILITY, 1.0))
 
 
-def _fit_scaling(probabilities: np.ndarray, labels: np.ndarray, directions: np.ndarray) -> Scaling:
-    """Newton's method from the identity along `directions` [P, 2 C] of (scale, bias): the loss is convex.
+def _fit_scaling(probabilities: np.ndarray, labels: np.ndarray, *, per_class: bool) -> Scaling:
+    """Makes least the sum of the rows' losses plus PRIOR_WEIGHT / 2 x |parameters|^2, as a mean over rows.
 
-    The sum of the rows' losses plus PRIOR_WEIGHT / 2 x |parameters|^2 is made least, as a mean over rows.
+    The parameters are 0 for the identity: one number that is added to every scale, or for each class one for
+    its scale and one for its bias. The loss is convex in them.
     """
     logs, labels = _log(probabilities, labels), np.asarray(labels, dtype=np.float64)
     labels = labels / labels.sum(axis=1, keepdims=True)  # 1 up to rounding, which the gradient relies on
     num_rows, num_classes = logs.shape
-    scale_part, bias_part = directions[:, :num_classes], directions[:, num_classes:]
+    directions = np.eye(2 * num_classes) if per_class else np.repeat([[1.0, 0.0]], num_classes, axis=1)
+    scale_part, bias_part = np.split(directions, 2, axis=1)
     features = logs[:, :, None] * scale_part.T + bias_part.T  # [rows, C, P]
     penalty = PRIOR_WEIGHT / num_rows
 
-    def loss_of(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        logits = logs + features @ parameters
-        logits -= logits.max(axis=1, keepdims=True)
-        log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-        loss = -(labels * log_probabilities).sum() / num_rows + penalty / 2 * parameters @ parameters
-        return float(loss), np.exp(log_probabilities)
+    def loss(parameters: np.ndarray) -> float:
+        losses = -(labels * log_softmax(logs + features @ parameters, axis=1)).sum(axis=1)
+        return losses.mean() + penalty / 2 * parameters @ parameters
 
-    parameters = np.zeros(len(directions))
-    loss, answers = loss_of(parameters)
-    for _ in range(MAX_NEWTON_STEPS):
-        gradient = np.einsum("rcp,rc->p", features, answers - labels) / num_rows
-        gradient += penalty * parameters
+    def gradient(parameters: np.ndarray) -> np.ndarray:
+        errors = softmax(logs + features @ parameters, axis=1) - labels
+        return np.einsum("rcp,rc->p", features, errors) / num_rows + penalty * parameters
+
+    def hessian(parameters: np.ndarray) -> np.ndarray:
+        answers = softmax(logs + features @ parameters, axis=1)
         means = np.einsum("rcp,rc->rp", features, answers)
-        hessian = np.einsum("rcp,rc,rcq->pq", features, answers, features, optimize=True) - means.T @ means
-        step = np.linalg.solve(hessian / num_rows + penalty * np.eye(len(parameters)), gradient)
-        decrease = float(gradient @ step)
-        if decrease <= 1e-14:
-            break
-        length = 1.0
-        while (trial := loss_of(parameters - length * step))[0] > loss - 1e-4 * length * decrease:
-            length /= 2
-            if length < 1e-6:  # rounding, not curvature: this is the minimum
-                return _as_scaling(parameters, directions)
-        parameters = parameters - length * step
-        loss, answers = trial
-    return _as_scaling(parameters, directions)
+        squares = np.einsum("rcp,rc,rcq->pq", features, answers, features, optimize=True)
+        return (squares - means.T @ means) / num_rows + penalty * np.eye(len(parameters))
 
-
-def _as_scaling(parameters: np.ndarray, directions: np.ndarray) -> Scaling:
-    scale, bias = np.split(parameters @ directions, 2)
+    start = np.zeros(len(directions))
+    found = minimize(loss, start, method="trust-exact", jac=gradient, hess=hessian, tol=GRADIENT_TOLERANCE).x
+    scale, bias = np.split(found @ directions, 2)
     return 1.0 + scale, bias

@@ -1,60 +1,148 @@
-"""What an evaluation makes of probabilities: groups, the ensemble, the prior, scores, slices; their tables.
+"""What an evaluation makes of probabilities: a table of given ones, groups, the ensemble, scores, slices.
 
 A group is the probabilities of one model in one order (`gemma9b/given`), averaged over orders
 (`gemma9b/mean`), or of the ensemble. Rows are in the order of (source, id) throughout.
 """
 
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import polars as pl
 
-from common.console import say, show_table
+from common.console import say
 from common.data.table import LABELS, is_labelled, labels_array
-from common.files import read_json
 from common.prompts import ORDERS, Order
 from common.score.calibration import MIN_LABELLED, cross_fit_weights, pool
-from common.score.metrics import bootstrap_interval, per_row_log_loss, score, swap_consistency
+from common.score.metrics import (
+    SUM_TOLERANCE,
+    bootstrap_interval,
+    per_row_log_loss,
+    score,
+    swap_consistency,
+)
 from common.score.predict import average
 
 ENSEMBLE = "ensemble"
 FITTED = "ensemble-fitted"
 PRIOR = "prior"
 NUM_MODEL_PAIRS = 10
+CLASSES = ("a", "b", "tie")
+TABLE_FORM = (
+    "expected id; perhaps source, model_a and model_b (names), and a label, as label (a, b, tie or empty) or "
+    f"as {', '.join(LABELS)}; and of each model x: x_a, x_b, x_tie"
+)
 
 Groups = dict[str, np.ndarray]
 """Name -> float32 [comparisons, 3]."""
 EnsembleOrder = Literal[Order, "both"]
 
 
+def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
+    """A Parquet or CSV of votes and of the probabilities of one or more models, in the form `TABLE_FORM`.
+
+    Returns:
+        The comparisons in the order of the file: `id`, `source` (the file's name where it has none),
+        `model_a`, `model_b` (null where it has none), `LABELS` (null where unlabelled).
+        Model -> float32 [comparisons, 3], rows in the order of (source, id).
+
+    Raises:
+        ValueError: The file cannot be read; a column is unknown, missing or holds something else; an id is
+            absent or stands twice; a label is not known; a row does not sum to 1.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file; expected a Parquet or CSV")
+    texts = {"id": None, "source": path.stem, "model_a": None, "model_b": None, "label": None}
+    try:
+        if path.suffix == ".csv":
+            overrides = dict.fromkeys(texts, pl.String)
+            table = pl.read_csv(path, schema_overrides=overrides, infer_schema_length=None)
+        else:
+            table = pl.read_parquet(path)
+        models = _find_models(table.columns, tuple(texts), path)
+        types = {name: pl.String if name in texts else pl.Float32 for name in table.columns}
+        absent = {name: pl.lit(text, pl.String) for name, text in texts.items() if name not in types}
+        table = table.cast(types).with_columns(**absent)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}; {TABLE_FORM}") from error
+    _check_keys(table, path)
+    frame = table.with_columns(() if LABELS[0] in table.columns else _labels(table, path))
+    _probabilities(frame.filter(pl.any_horizontal(pl.col(LABELS).is_not_null())), LABELS, path)
+    by_key = table.sort("source", "id")
+    return (
+        frame.select("id", "source", "model_a", "model_b", *LABELS),
+        {model: _probabilities(by_key, columns, path) for model, columns in models.items()},
+    )
+
+
+def _find_models(columns: list[str], texts: tuple[str, ...], path: Path) -> dict[str, list[str]]:
+    """Model -> its three columns; a ValueError where the columns are not those of `TABLE_FORM`."""
+    models, faults = {}, []
+    for name in columns:
+        model, _, word = name.rpartition("_")
+        if name in (*texts, *LABELS):
+            continue
+        if model and word in CLASSES:
+            models[model] = [f"{model}_{word}" for word in CLASSES]
+        else:
+            faults.append(f"the column {name} is not known")
+    label = LABELS if set(LABELS) & set(columns) else ()
+    needed = ("id", *label, *itertools.chain(*models.values()))
+    faults += [f"the column {name} is missing" for name in needed if name not in columns]
+    if label and "label" in columns:
+        faults.append("there is more than one label")
+    if not models:
+        faults.append("there is no column of probabilities")
+    if faults:
+        raise ValueError(f"{path}: {', '.join(faults)}; {TABLE_FORM}")
+    return models
+
+
+def _check_keys(table: pl.DataFrame, path: Path) -> None:
+    if table.is_empty():
+        raise ValueError(f"{path}: no comparison in it; expected at least one")
+    keys = table.select("source", "id")
+    bad = keys.filter(keys.is_duplicated() | keys.select(pl.any_horizontal(pl.all().is_null())).to_series())
+    if len(bad):
+        raise ValueError(
+            f"{path}: {len(bad)} of {len(keys)} rows have no id, no source, or an id that another row has, "
+            f"first {bad['id'][0]}; expected one row an id"
+        )
+
+
+def _labels(table: pl.DataFrame, path: Path) -> list[pl.Expr]:
+    """The column `label` as `LABELS`."""
+    bad = table.filter(~pl.col("label").is_in(CLASSES))
+    if len(bad):
+        raise ValueError(
+            f"{path}: the label of id {bad['id'][0]} is {bad['label'][0]!r} ({len(bad)} of {len(table)} rows "
+            f"are such); {TABLE_FORM}"
+        )
+    return [
+        (pl.col("label") == word).cast(pl.Float32).alias(name)
+        for word, name in zip(CLASSES, LABELS, strict=True)
+    ]
+
+
+def _probabilities(table: pl.DataFrame, columns: Sequence[str], path: Path) -> np.ndarray:
+    """Three columns as float32 [rows, 3], if every row is probabilities; `id` names the row that is not."""
+    values = table.select(columns).fill_null(float("nan")).to_numpy()
+    bad = ~(np.abs(values.sum(axis=1) - 1) <= SUM_TOLERANCE) | (values < 0).any(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"{path}: {', '.join(columns)} of id {table['id'][row]} are {values[row].tolist()}; expected "
+            "numbers from 0 on that sum to 1"
+        )
+    return values
+
+
 def contributed(model: str, order: EnsembleOrder) -> str:
     """The group that a model adds to the ensemble: `contributed("gemma9b", "both")` -> "gemma9b/mean"."""
     return f"{model}/{'mean' if order == 'both' else order}"
-
-
-def check_ensemble_orders(orders: tuple[EnsembleOrder, ...], computed: dict[str, tuple[str, ...]]) -> None:
-    """One order a model, each among those that are computed.
-
-    Args:
-        orders: As given on the command line.
-        computed: Model -> orders.
-
-    Raises:
-        ValueError: The counts differ, or an order is not computed.
-    """
-    if len(orders) != len(computed):
-        raise ValueError(
-            f"--ensemble-orders has {len(orders)} entries ({' '.join(orders)}) for {len(computed)} models "
-            f"({' '.join(computed)}); give one a model, in that order"
-        )
-    for order, (model, found) in zip(orders, computed.items(), strict=True):
-        if order not in ("both", *found):
-            raise ValueError(
-                f"--ensemble-orders asks for {order} of {model}, of which only {' and '.join(found)} is "
-                f"there; say both or {' or '.join(found)}, or have {order} computed (--orders)"
-            )
 
 
 def make_groups(
@@ -122,13 +210,6 @@ def probability_table(frame: pl.DataFrame, groups: Groups) -> pl.DataFrame:
 def read_group(table: pl.DataFrame, group: str) -> np.ndarray:
     """One group of a `probability_table`, float32 [comparisons, 3]."""
     return table.select(f"{group}/{label}" for label in LABELS).to_numpy()
-
-
-def checkpoint_prior(checkpoints: tuple[Path, ...]) -> list[float] | None:
-    """Mean of the label frequencies that the checkpoints were trained on; None where none of them says."""
-    found = [read_json(path / "preference.json").get("label_prior") for path in checkpoints]
-    found = [prior for prior in found if prior]
-    return np.mean(found, axis=0).tolist() if found else None
 
 
 def score_groups(
@@ -221,76 +302,9 @@ def _by_value(values: pl.Series) -> dict[str, np.ndarray]:
 def _by_models(frame: pl.DataFrame) -> dict[str, np.ndarray]:
     """The most frequent unordered pairs of models, and the others together."""
     models = pl.concat_list("model_a", "model_b").list.sort()
-    pairs = frame.select(
-        pair=pl.when(pl.all_horizontal(pl.col("model_a", "model_b").is_not_null())).then(
-            models.list.join(" and ")
-        )
-    )["pair"]
-    masks = _by_value(pairs)
-    frequent = dict(list(masks.items())[:NUM_MODEL_PAIRS])
-    others = pairs.is_not_null().to_numpy() & ~np.any(list(frequent.values()) or [False], axis=0)
-    return {**frequent, "other pairs": others}
-
-
-def show_scores(title: str, scores: dict[str, dict]) -> None:
-    """Prints one row a model and order, then the fitted weights and the ensemble's slices."""
-    if not scores:
-        say("the comparisons are unlabelled: no score")
-        return
-    show_table(
-        title,
-        ("model / order", "comparisons", "log loss", "95 % interval", "accuracy", "calibration", "swap"),
-        [
-            (
-                group,
-                f"{found['num_comparisons']:,}",
-                f"{found['log_loss']:.4f}",
-                interval(found["log_loss_interval"]),
-                f"{found['accuracy']:.3f}",
-                f"{found['calibration_error']['top']:.3f}",
-                f"{found['swap_consistency']['mean_absolute_difference']:.3f}"
-                if "swap_consistency" in found
-                else None,
-            )
-            for group, found in scores.items()
-        ],
-    )
-    say(f"prior: always the mean of {scores['prior']['from']}")
-    if fitted := scores.get(FITTED):
-        weights = ", ".join(f"{name} {weight:.3f}" for name, weight in fitted["weights"].items())
-        gain = f"gain {fitted['gain']:.4f} ({interval(fitted['gain_interval'])})"
-        say(f"{FITTED}: {gain} over the given weights, across folds; weights fitted on all: {weights}")
-    show_table(
-        f"{title}, {ENSEMBLE} by slice",
-        ("slice", "by", "comparisons", "log loss", "95 % interval"),
-        [
-            (name, dimension, f"{s['num_comparisons']:,}", f"{s['log_loss']:.4f}", interval(s["interval"]))
-            for dimension, groups in scores[ENSEMBLE]["slices"].items()
-            for name, s in groups.items()
-        ],
-    )
-
-
-def show_calibration(title: str, found: dict[str, dict]) -> None:
-    """Prints one row a model, and the ensemble: both scalings with their gain, and what is kept."""
-
-    def judged(one: dict) -> str:
-        return f"{one['log_loss']:.4f}\n{one['gain']:+.4f} ({interval(one['gain_interval'])})"
-
-    show_table(
-        f"{title}, calibrated across folds: log loss; gain (95 % interval)",
-        ("model", "uncalibrated", "temperature", "vector", "kept"),
-        [
-            (
-                name,
-                f"{one['uncalibrated_log_loss']:.4f}",
-                judged(one["temperature"]),
-                judged(one["vector"]),
-                one["kept"] or "neither",
-            )
-            for name, one in {**found["per_model"], ENSEMBLE: found}.items()
-        ],
-    )
+    masks = _by_value(frame.select(models.list.join(" and ", ignore_nulls=False)).to_series())
+    rare = [masks.pop(pair) for pair in list(masks)[NUM_MODEL_PAIRS:]]
+    return masks | {"other pairs": np.any(rare, axis=0)}
 
 
 def interval(ends: list[float]) -> str:

@@ -165,31 +165,17 @@ def bootstrap_interval(
 
     Returns:
         (low, high); both the value itself where there is one row only.
+
+    Raises:
+        ValueError: There is no row, or not one finite number a row.
     """
-    values = _per_row(values)
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
+        raise ValueError(f"expected one finite number a row, at least one row; got shape {values.shape}")
     generator = np.random.default_rng(seed)
     means = [values[generator.integers(len(values), size=len(values))].mean() for _ in range(num_resamples)]
     low, high = np.quantile(means, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
-
-
-def paired_standard_error(a: np.ndarray, b: np.ndarray) -> float:
-    """Standard error of the mean of a - b, per-row values of the same rows: the yardstick of a difference.
-
-    Raises:
-        ValueError: The lengths differ or there are fewer than two rows.
-    """
-    a, b = _per_row(a), _per_row(b)
-    if len(a) != len(b) or len(a) < 2:
-        raise ValueError(f"paired values need the same rows, at least 2; got {len(a)} and {len(b)}")
-    return float((a - b).std(ddof=1) / np.sqrt(len(a)))
-
-
-def _per_row(values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 1 or not len(values) or not np.isfinite(values).all():
-        raise ValueError(f"expected one finite number a row, at least one row; got shape {values.shape}")
-    return values
 
 
 def _checked(*arrays: np.ndarray) -> list[np.ndarray]:

@@ -14,7 +14,6 @@ from common.score.metrics import (
     calibration_error,
     log_loss,
     mirror,
-    paired_standard_error,
     per_row_log_loss,
     prior_log_loss,
     rescale,
@@ -166,18 +165,6 @@ def test_bootstrap_interval_matches_the_normal_one_and_is_seeded():
 def test_bootstrap_interval_refuses_what_is_not_one_number_a_row(values):
     with pytest.raises(ValueError, match="one finite number a row"):
         bootstrap_interval(np.array(values))
-
-
-def test_paired_standard_error():
-    assert paired_standard_error(np.array([1.0, 2, 3]), np.array([0.0, 2, 4])) == pytest.approx(
-        1 / math.sqrt(3)
-    )
-    noise = np.random.default_rng(0).normal(size=1000)
-    assert paired_standard_error(noise + 1, noise) == pytest.approx(0, abs=1e-12), "what both share cancels"
-    with pytest.raises(ValueError, match="got 3 and 2"):
-        paired_standard_error(np.ones(3), np.ones(2))
-    with pytest.raises(ValueError, match="at least 2"):
-        paired_standard_error(np.ones(1), np.ones(1))
 
 
 def test_score_has_the_headline_numbers_as_json():

@@ -298,41 +298,12 @@ def test_soft_labels_that_do_not_fit(world, tmp_path, change, expected):
     assert not (tmp_path / "artifacts").exists()
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda given: given[3:], "no probabilities for 3 of 30 ids, first 1-0"),
-        (lambda given: pl.concat([given, given[4:5]]), "more than one row for an id, first 1-20"),
-        (lambda given: given.drop("winner_tie"), r"lacks the columns \['winner_tie'\]"),
-        (lambda given: given.with_columns(winner_tie=pl.lit("no")), "not all numbers"),
-        (lambda given: given.with_columns(winner_tie=pl.lit(0.5)), r"id 1-0 are .*0\.5.*sum to 1"),
-        (lambda given: given.with_columns(winner_tie=pl.lit(float("nan"))), "id 1-0 are .*nan"),
-        (
-            lambda given: given.with_columns(
-                pl.lit(value).alias(name) for name, value in zip(LABELS, (-1.0, 1.0, 1.0), strict=True)
-            ),
-            r"-1\.0",
-        ),
-        (lambda given: None, "is not a file"),
-    ],
-)
-def test_given_probabilities_that_do_not_fit(world, tmp_path, change, expected):
-    votes = pl.read_parquet(world / "votes.parquet").filter(pl.col("fold") == 0)
-    thirds = [pl.lit(1 / 3).alias(name) for name in LABELS]
-    given = change(votes.select("id", *thirds))
-    if given is not None:
-        given.write_parquet(tmp_path / "given.parquet")
-    words = evaluate(world, tmp_path / "artifacts", "--probabilities", tmp_path / "given.parquet")
-    assert_refused(words, r"given\.parquet", expected)
-    assert not (tmp_path / "artifacts").exists()
-
-
 def test_evaluations_of_nothing(world, teacher, tmp_path):
     words = ("evaluate", "--artifacts", tmp_path, "--comparisons", world / "votes.parquet")
     some = ("--checkpoints", teacher)
     assert_refused(words, "stage3 holds no finished run; train one first, or name checkpoints")
     assert_refused((*words, *some, "--fold", 9), r"--fold 9 .*folds present: \[0, 1, 2, 3, 4\]")
-    assert_refused((*words, *some, "--weights", 1, 2), "--weights has 2 numbers for 1 models .*tiny-gemma")
+    assert_refused((*words, *some, "--weights", 1, 2), "--weights has 2 entries for 1 models .*tiny-gemma")
     assert list(tmp_path.iterdir()) == []
 
 

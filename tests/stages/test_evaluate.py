@@ -1,19 +1,20 @@
 """Evaluation of a table of votes and probabilities, its calibration and fitted ensemble, and bad tables."""
 
 import re
+import runpy
 
 import numpy as np
 import polars as pl
 import pytest
 from calling import call, snapshot
-from helpers import make_comparisons
+from helpers import ROOT, make_comparisons
 
-from common.data.table import LABELS, labels_array, write_comparisons
+from common.data.table import LABELS, labels_array
 from common.files import read_json, write_json
 from common.score.calibration import fit_weights
-from common.score.ensemble import check_ensemble_orders, checkpoint_prior, score_groups, slices
+from common.score.ensemble import group_keys, make_groups, read_table, score_groups, slices
 from common.score.metrics import rescale
-from common.score.probability_files import group_columns, read_table
+from stages.evaluate import checkpoint_prior
 
 NUM_ROWS = 400
 WORDS = ("a", "b", "tie")
@@ -29,9 +30,9 @@ def winners() -> np.ndarray:
     return (truth.cumsum(1) < np.random.default_rng(0).random((NUM_ROWS, 1))).sum(1)
 
 
-def table(label: str = "label") -> pl.DataFrame:
+def table() -> pl.DataFrame:
     """Two over-confident models, rows in no order."""
-    columns = {"id": [str(i * 7 % NUM_ROWS) for i in range(NUM_ROWS)], label: [WORDS[w] for w in winners()]}
+    columns = {"id": [str(i * 7 % NUM_ROWS) for i in range(NUM_ROWS)], "label": [WORDS[w] for w in winners()]}
     for name, seed in (("gemma", 1), ("llama 8b", 2)):
         values = rescale(probabilities(seed), 3 * np.ones(3), np.zeros(3))
         columns |= {f"{name}_{word}": values[:, i] for i, word in enumerate(WORDS)}
@@ -135,21 +136,25 @@ def test_calibration_is_added_to_a_finished_evaluation(done, tmp_path):
     assert snapshot(target) == after
 
 
-def test_its_own_probabilities_are_a_table(done, tmp_path):
-    """Orders are told apart, earlier ensembles left out, and each model adds the order asked for."""
-    folder, *_ = done
-    own = pl.read_parquet(folder / "evaluate/evaluation/probabilities.parquet")
-    swapped = {f"gemma/swapped/{label}": own[f"llama 8b/given/{label}"] for label in LABELS}
-    own.with_columns(**swapped).write_parquet(tmp_path / "own.parquet")
-    words = ("--weights", 3, 1, "--ensemble-orders", "swapped", "both")
-    found = evaluate(tmp_path, tmp_path / "own.parquet", *words)
-    assert "6 columns of an earlier ensemble are left out" in found.stdout
-    again = pl.read_parquet(tmp_path / "evaluate/evaluation/probabilities.parquet")
-    np.testing.assert_allclose(again["ensemble/winner_tie"], own["llama 8b/given/winner_tie"], atol=1e-6)
-    mean = (own["gemma/given/winner_tie"] + own["llama 8b/given/winner_tie"]) / 2
-    np.testing.assert_allclose(again["gemma/mean/winner_tie"], mean, atol=1e-6)
-    refused = evaluate(tmp_path, tmp_path / "own.parquet", *words[:-1], "given", check=False)
-    assert refused.status == 1 and "recipe.ensemble_orders" in refused.stderr
+def test_each_model_adds_the_order_asked_for():
+    """Against the definition, with weights, for a model of two orders and one of a single order."""
+    first, second, third = (probabilities(seed) for seed in (1, 2, 3))
+    frame = make_comparisons(NUM_ROWS, seed=3).with_columns(
+        pl.Series(name, np.eye(3)[winners()][:, i], dtype=pl.Float32) for i, name in enumerate(LABELS)
+    )
+    orders = {"x": {"given": first, "swapped": second}, "y": {"given": third}}
+    groups, fit = make_groups(frame, orders, (3, 1), ("swapped", "both"))
+    np.testing.assert_allclose(groups["ensemble"], (3 * second + third) / 4, atol=1e-6)
+    np.testing.assert_allclose(groups["x/mean"], (first + second) / 2, atol=1e-6)
+    assert groups["y/mean"] == pytest.approx(third, abs=1e-6) and list(fit["weights"]) == ["x", "y"]
+
+
+def test_rows_of_one_prompt_have_one_key():
+    """The answers and the ids do not count; without texts a row stands for itself."""
+    frame = make_comparisons(3).with_columns(prompt=pl.Series([["a", "b"], ["a, b"], ["a", "b"]]))
+    first, second, third = group_keys(frame)
+    assert first == third != second
+    assert len(set(group_keys(frame.drop("prompt")))) == 3
 
 
 def test_few_or_no_labels(tmp_path):
@@ -184,24 +189,22 @@ def test_unlabelled_rows_beside_labelled_ones_are_answered_with_the_fit_of_all(t
     np.testing.assert_allclose(saved["ensemble-fitted/winner_tie"], expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "spelling",
-    [
-        lambda i: i,
-        lambda i: float(i),
-        lambda i: WORDS[i],
-        lambda i: ("A", "B", "tie")[i],
-        lambda i: ("model_a", "model_b", "tie")[i],
-        lambda i: LABELS[i],
-    ],
-)
-@pytest.mark.parametrize("name", ["label", "winner"])
-def test_labels_in_any_spelling(tmp_path, spelling, name):
-    frame = table(name)
-    labelled = frame.with_columns(pl.Series(name, [spelling(int(w)) for w in winners()]))
-    labelled.write_csv(tmp_path / "votes.csv")
-    found, _ = read_table(tmp_path / "votes.csv")
-    assert (labels_array(found).argmax(1) == winners()).all() and found["id"].equals(frame["id"])
+def test_the_form_of_a_table(tmp_path):
+    """Names, labels and probabilities of each model; probabilities in the order of (source, id)."""
+    extra = {"source": pl.lit("theirs"), "model_a": pl.lit("x"), "model_b": pl.lit(None, pl.String)}
+    raw = table().with_columns(**extra, label=pl.when(pl.int_range(pl.len()) < 300).then("label"))
+    raw.write_csv(tmp_path / "votes.csv")
+    frame, models = read_table(tmp_path / "votes.csv")
+    assert frame.columns == ["id", "source", "model_a", "model_b", *LABELS]
+    assert frame.select("id", *extra).equals(raw.select("id", *extra))
+    labels = labels_array(frame)
+    assert (labels[:300] == np.eye(3)[winners()[:300]]).all() and np.isnan(labels[300:]).all()
+    assert list(models) == ["gemma", "llama 8b"]
+    for name, values in models.items():
+        expected = raw.sort("id").select(f"{name}_{word}" for word in WORDS).to_numpy()
+        np.testing.assert_allclose(values, expected, atol=1e-6)
+    table().write_csv(tmp_path / "votes.csv")
+    assert set(read_table(tmp_path / "votes.csv")[0]["source"]) == {"votes"}
 
 
 def test_labels_in_three_columns_may_be_soft(tmp_path):
@@ -212,57 +215,46 @@ def test_labels_in_three_columns_may_be_soft(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names",
-    [
-        ("m_a", "m_b", "m_tie"),
-        ("m_A", "m_B", "m_Tie"),
-        ("m_model_a", "m_model_b", "m_tie"),
-        ("m_winner_model_a", "m_winner_model_b", "m_winner_tie"),
-        ("m/winner_model_a", "m/winner_model_b", "m/winner_tie"),
-        ("m/given/winner_model_a", "m/given/winner_model_b", "m/given/winner_tie"),
-        ("m.a", "m.b", "m.tie"),
-        ("prob_a_m", "prob_b_m", "prob_tie_m"),
-    ],
-)
-def test_columns_in_any_spelling(names):
-    expected = {"m": {"given": list(names)}, "n-2_a": {"given": ["n-2_a_a", "n-2_a_b", "n-2_a_tie"]}}
-    assert group_columns(["n-2_a_tie", "n-2_a_b", *names[::-1], "n-2_a_a"], "x.csv") == expected
-
-
-@pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda t: t.drop("id"), "lacks the column id; found label"),
+        (lambda t: t.drop("id"), "the column id is missing; expected id; perhaps source"),
         (lambda t: t[:0], "no comparison in it"),
-        (lambda t: t.drop("gemma_b"), "model gemma has the columns gemma_a, gemma_tie, but none for b"),
-        (lambda t: t.rename({"gemma_b": "gemma"}), "column gemma is not known.*<model>_a, <model>_b"),
-        (lambda t: t.with_columns(winner="label"), "more than one label: label, winner"),
-        (lambda t: t.rename({"label": "vote"}), "column vote is not known.*a column label or winner"),
-        (lambda t: t.with_columns(gemma_model_a="gemma_a"), "gemma_a and gemma_model_a both are .* of a of"),
+        (lambda t: t.drop("gemma_b"), "the column gemma_b is missing; .* of each model x: x_a, x_b, x_tie"),
         (
-            lambda t: t.rename({"gemma_a": "winner_a"}),
-            "winner_a can be read as class a of model winner or a l",
+            lambda t: t.rename({"gemma_b": "gemma"}),
+            "column gemma is not known, the column gemma_b is missing",
         ),
-        (lambda t: t.rename({"gemma_a": "p_a_x_b"}), "p_a_x_b can be read as class b of .* or class a of"),
-        (lambda t: t.with_columns(winner_tie=0.0).drop("label"), "label's columns only winner_tie"),
+        (lambda t: t.rename({"label": "vote"}), "column vote is not known.* as label \\(a, b, tie"),
+        (lambda t: t.rename({"gemma_a": "gemma_A"}), "column gemma_A is not known"),
+        (lambda t: t.with_columns(_a="gemma_a"), "column _a is not known"),
+        (lambda t: t.with_columns(pl.lit(0.0).alias(n) for n in LABELS), "there is more than one label"),
+        (lambda t: t.with_columns(winner_tie=0.0).drop("label"), "column winner_model_a is missing"),
         (lambda t: t.select("id", "label"), "no column of probabilities"),
-        (lambda t: t.with_columns(label=pl.lit("C")), r"the label of id 0 is 'C' \(400 of 400 .* 0 / 1 / 2"),
-        (lambda t: t.with_columns(label=pl.lit(3)), "the label of id 0 is 3 "),
-        (lambda t: t.with_columns(label=pl.lit(0.5)), r"the label of id 0 is 0\.5 "),
-        (lambda t: pl.concat([t, t[3:4]]), "more than one row for an id, first 21"),
+        (
+            lambda t: t.with_columns(label=pl.lit("C")),
+            r"the label of id 0 is 'C' \(400 of 400 .* label \(a, b",
+        ),
+        (lambda t: t.with_columns(label=pl.lit(1)), "the label of id 0 is '1' "),
+        (lambda t: pl.concat([t, t[3:4]]), "2 of 401 rows have .* an id that another row has, first 21"),
         (
             lambda t: t.with_columns(gemma_a=0.9),
             r"gemma_a, gemma_b, gemma_tie of id 0 are \[0\.8999.*sum to 1",
         ),
-        (lambda t: t.with_columns(gemma_a=pl.lit("x")), "gemma_a, gemma_b, gemma_tie are not all numbers"),
+        (
+            lambda t: t.with_columns(gemma_a=pl.lit("x")),
+            "conversion from .str. to .f32. failed in column .gemma_a.*expected id",
+        ),
         (
             lambda t: t.with_columns(gemma_a=pl.when(pl.col("id") == "7").then(None).otherwise("gemma_a")),
-            r"of id 7 are \[None",
+            r"of id 7 are \[nan",
         ),
-        (lambda t: t.with_columns(id=pl.when(pl.col("id") != "7").then("id")), "1 of 400 rows have no id"),
+        (
+            lambda t: t.with_columns(id=pl.when(pl.col("id") != "7").then("id")),
+            "1 of 400 rows have no id.* first None",
+        ),
         (
             lambda t: t.drop("label").with_columns(pl.lit(0.5, pl.Float64).alias(n) for n in LABELS),
-            r"probabilities of id 0 are \[0\.5, 0\.5, 0\.5\]",
+            r"winner_tie of id 0 are \[0\.5, 0\.5, 0\.5\]",
         ),
     ],
 )
@@ -287,18 +279,30 @@ def test_a_bad_table_ends_the_script_before_anything_is_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("orders", "expected"),
+    ("words", "status", "expected"),
     [
-        (("both",), r"--ensemble-orders has 1 entries \(both\) for 2 models \(gemma llama\)"),
-        (("swapped", "both"), "asks for swapped of gemma, of which only given is there; say both or given"),
+        (("--ensemble-orders", "both"), 1, "--ensemble-orders has 1 entries for 2 models (gemma llama 8b)"),
+        (("--weights", 1, 2, 3), 1, "--weights has 3 entries for 2 models (gemma llama 8b)"),
+        (
+            ("--ensemble-orders", "given", "swapped"),
+            2,
+            "asks for swapped, but --table has only given; say both or given",
+        ),
     ],
 )
-def test_ensemble_orders_that_are_not_there(orders, expected):
-    computed = {"gemma": ("given",), "llama": ("given", "swapped")}
-    check_ensemble_orders(("given", "swapped"), computed)
-    check_ensemble_orders(("both", "both"), computed)
-    with pytest.raises(ValueError, match=expected):
-        check_ensemble_orders(orders, computed)
+def test_flags_that_do_not_fit_the_models(done, tmp_path, words, status, expected):
+    found = evaluate(tmp_path, done[1], *words, check=False)
+    assert found.status == status and expected in re.sub(r"[\s│]+", " ", found.stderr)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("orders", [("given",), ("swapped",), ("given", "swapped")])
+def test_orders_that_are_not_computed_add_nothing(orders):
+    args = runpy.run_path(str(ROOT / "stages/evaluate.py"))["Args"]
+    args(orders=orders, ensemble_orders=("both", *orders))
+    if missing := {"given", "swapped"} - set(orders):
+        with pytest.raises(ValueError, match=rf"asks for {missing.pop()}, but --orders has only {orders[0]}"):
+            args(orders=orders, ensemble_orders=("both", "given", "swapped"))
 
 
 def test_the_prior_of_the_checkpoints(tmp_path):
@@ -337,22 +341,3 @@ def test_slices_by_every_dimension():
     assert slices(swapped, values, labels_array(frame))["model pair"] == pairs
     unnamed = frame.with_columns(model_a=pl.lit(None, pl.String))
     assert "model pair" not in slices(unnamed, values, labels_array(frame))
-
-
-def test_comparisons_with_given_probabilities_in_an_order_of_their_own(tmp_path):
-    """The route through comparison tables: prompts make the folds, slices have all dimensions."""
-    votes = make_comparisons(150, seed=6)
-    write_comparisons(votes, tmp_path / "votes.parquet")
-    for seed in (1, 2):
-        values = probabilities(seed)[:150]
-        given = votes.select("id").with_columns(pl.Series(n, values[:, i]) for i, n in enumerate(LABELS))
-        given.write_parquet(tmp_path / f"model{seed}.parquet")
-    words = ("--probabilities", *(tmp_path / f"model{seed}.parquet" for seed in (1, 2)), "--calibrate")
-    where = ("--artifacts", tmp_path, "--comparisons", tmp_path / "votes.parquet")
-    found = call("evaluate", *where, *words, "--ensemble-orders", "given", "both")
-    assert read_json(tmp_path / "evaluate/evaluation/calibration.json")["orders"] == ["given", "both"]
-    assert re.search(r"1 turn +│ +turns", found.stdout) and re.search(
-        r"m1 and m2 +│ +model pair", found.stdout
-    )
-    refused = call("evaluate", *where, *words, "--ensemble-orders", "given", "swapped", check=False)
-    assert refused.status == 1 and "asks for swapped of model2" in refused.stderr

@@ -503,31 +503,6 @@ def test_weights_and_orders(story, tmp_path):
     assert "swap_consistency" not in scores["tiny-gemma/mean"]
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_given_probabilities_join_by_key(story, tmp_path, suffix):
-    frame = held_out(story)
-    saved = pl.read_parquet(story.artifacts / "evaluate/evaluation/probabilities.parquet")
-    ensemble = saved.select(
-        "source", "id", *(pl.col(f"ensemble/{name}").alias(name) for name in LABELS)
-    ).sample(fraction=1, shuffle=True, seed=4)
-    path = tmp_path / f"given.{suffix}"
-    ensemble.drop("source").write_csv(path) if suffix == "csv" else ensemble.write_parquet(path)
-    words = ("--comparisons", story.votes, "--fold", 0, "--probabilities", path)
-    _, found, scores = evaluate(story, tmp_path, *words)
-    np.testing.assert_allclose(group(found, "given/given"), group(saved, "ensemble"), atol=1e-6)
-    expected = -np.log((group(saved, "ensemble") * labels_array(frame)).sum(1)).mean()
-    assert scores["ensemble"]["log_loss"] == pytest.approx(expected, abs=1e-6)
-
-
-def test_checkpoints_and_given_probabilities_mix(story, tmp_path):
-    given = story.artifacts / "stage3/tiny-llama/held_out.parquet"
-    teacher = story.artifacts / "stage1/tiny-gemma"
-    words = ("--checkpoints", teacher, "--probabilities", given, "--weights", 1, 3)
-    _, found, _ = evaluate(story, tmp_path, *words, "--comparisons", story.votes, "--fold", 0)
-    mix = (group(found, "tiny-gemma/mean") + 3.0 * group(found, "held_out/mean")) / 4
-    np.testing.assert_allclose(group(found, "ensemble"), mix, atol=1e-6)
-
-
 def test_models_of_one_name_are_told_apart(story, tmp_path):
     checkpoints = [story.artifacts / f"{stage}/tiny-llama" for stage in ("stage1", "stage3")]
     words = ("--checkpoints", *checkpoints, "--comparisons", story.votes, "--fold", 0)
