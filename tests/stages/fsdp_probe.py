@@ -1,6 +1,6 @@
-"""Run under the shim: what FSDP2 did to a model, and whether the optimiser respects it. Prints one JSON line.
+"""Run under the shim: what FSDP2 did to each model, and whether the optimiser respects it; a JSON line each.
 
-usage: fsdp_probe.py CHECKPOINT_FOLDER
+usage: fsdp_probe.py CHECKPOINT_FOLDER ...
 """
 
 import copy
@@ -31,10 +31,19 @@ def backward(model, scale):
 
 def main() -> None:
     accelerator = start()
+    for checkpoint in sys.argv[1:]:
+        found = probe(checkpoint, accelerator)
+        if accelerator.is_main_process:
+            print(json.dumps(found), flush=True)
+    dist.destroy_process_group()
+
+
+def probe(checkpoint, accelerator) -> dict[str, object]:
+    """Shards one checkpoint in several ways, beside a whole copy of it."""
     world = accelerator.num_processes
-    whole = load_model(sys.argv[1], dtype=torch.bfloat16, head_dropout=0.0)
+    whole = load_model(checkpoint, dtype=torch.bfloat16, head_dropout=0.0)
     source = load_model(
-        sys.argv[1], dtype=torch.bfloat16, head_dropout=0.0, materialise=accelerator.is_main_process
+        checkpoint, dtype=torch.bfloat16, head_dropout=0.0, materialise=accelerator.is_main_process
     )
     sharded = place(source, accelerator, reduce_dtype=None)
     found = {
@@ -54,7 +63,7 @@ def main() -> None:
     for name in ("adamw", "stable_adamw"):
         reference = copy.deepcopy(whole)
         mine = load_model(
-            sys.argv[1], dtype=torch.bfloat16, head_dropout=0.0, materialise=accelerator.is_main_process
+            checkpoint, dtype=torch.bfloat16, head_dropout=0.0, materialise=accelerator.is_main_process
         )
         mine = place(mine, accelerator, reduce_dtype=torch.float32)
         sums = GradientSum(mine, accumulation="fp32", is_replica=False)
@@ -86,9 +95,7 @@ def main() -> None:
     bias = sums.take_gradient(sharded.head.out.bias).full_tensor()
     found["summed"] = bias.float().tolist()
     found["uneven_shard"] = list(weight.shape)
-    if accelerator.is_main_process:
-        print(json.dumps(found), flush=True)
-    dist.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """How the tests start stages: alone, as connected CPU processes, or under FSDP2 through the shim."""
 
+import json
 import os
 import socket
 import subprocess
@@ -64,6 +65,13 @@ def launch(
     if check and found.returncode:
         raise AssertionError(f"{' '.join(words)}\nstatus {found.returncode}\n{found.stdout[-6000:]}")
     return found
+
+
+def launch_many(how: str, scripts: list[list[object]]) -> subprocess.CompletedProcess:
+    """Runs several stages in one launch, one after the other."""
+    return launch(
+        how, "tests/stages/many.py", json.dumps([[str(word) for word in words] for words in scripts])
+    )
 
 
 def stage1(world: Path, output: Path, family: str = "gemma", **flags: object) -> list[object]:

@@ -1,14 +1,16 @@
 """The training loop as a whole script: the same numbers however it is cut, launched, or interrupted."""
 
 import os
+import shutil
 import subprocess
 import time
 
 import psutil
 import pytest
 import torch
+from calling import call
 from helpers import ROOT, read_losses
-from launching import command, launch, stage1
+from launching import command, launch, launch_many, stage1
 from safetensors.torch import load_file
 
 STEPS = 20
@@ -16,15 +18,23 @@ STEPS = 20
 
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
-    """Trains once for each way of launching; returns the run's folder."""
+    """Trains once for each way of launching, all of `WAYS` that share a launch together; the run's folder."""
     folder = tmp_path_factory.mktemp("trained")
     runs = {}
 
     def run(how, family="gemma", **flags):
         key = (how, family, *flags.items())
         if key not in runs:
-            runs[key] = folder / str(len(runs)) / "run"
-            launch(how, *stage1(world, runs[key], family, **flags))
+            together = [(f, fl) for h, f, fl in WAYS if h == how and (how, f, *fl.items()) not in runs]
+            together = [(family, flags), *(one for one in together if one != (family, flags))]
+            scripts = []
+            for one, its_flags in together if how != "1" else together[:1]:
+                output = runs[how, one, *its_flags.items()] = folder / str(len(runs)) / "run"
+                scripts.append(stage1(world, output, one, **its_flags))
+            if how == "1":
+                call("stage1", scripts[0][1:])
+            else:
+                launch_many(how, scripts)
         return runs[key]
 
     return run
@@ -92,32 +102,39 @@ def kill_when(how, arguments, folder, num_lines):
     return was_running
 
 
-@pytest.mark.parametrize(
-    ("how", "resumed_as"), [("1", "1"), ("fsdp_27b.yaml:2", "fsdp_27b.yaml:2"), ("fsdp_27b.yaml:2", "1")]
-)
-def test_killed_runs_go_on_as_if_nothing_happened(world, trained, tmp_path, how, resumed_as):
-    flags = {"max-tokens-per-micro-batch": 300}
-    arguments = stage1(world, tmp_path / "run", **flags, **{"state-interval-steps": 3})
-    kills = 0
-    for num_lines in (2, 8, 14):
-        kills += kill_when(how, arguments, tmp_path / "run", num_lines)
+def kill_thrice(how, arguments, folder):
+    """A run that is killed, goes on, and is killed again."""
+    kills = sum(kill_when(how, arguments, folder, num_lines) for num_lines in (2, 8, 14))
     assert kills >= 2, "the run was over before it could be killed"
-    found = launch(resumed_as, *arguments)
-    assert "continuing after step" in found.stdout
-    uninterrupted = trained(how, **flags)
-    if how == resumed_as:
-        assert read_losses(tmp_path / "run") == read_losses(uninterrupted)
-        weights, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "run", uninterrupted))
-        assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    else:
-        assert_same_losses(tmp_path / "run", uninterrupted)
-    assert not (tmp_path / "run" / "state").exists()
 
 
-def test_dropout_masks_are_drawn_again_after_a_kill(world, tmp_path):
-    flags = {"head-dropout": 0.3, "state-interval-steps": 3}
-    arguments = stage1(world, tmp_path / "killed", **flags)
-    kill_when("1", arguments, tmp_path / "killed", 10)
-    launch("1", *arguments)
-    launch("1", *stage1(world, tmp_path / "whole", **flags))
-    assert read_losses(tmp_path / "killed") == read_losses(tmp_path / "whole")
+def assert_same_run(found, expected):
+    """Losses and weights to the last bit."""
+    assert read_losses(found) == read_losses(expected)
+    weights, whole = (load_file(folder / "model.safetensors") for folder in (found, expected))
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+    assert not (found / "state").exists()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_happened(world, trained, tmp_path):
+    """With dropout: the masks are drawn again."""
+    flags = {"max-tokens-per-micro-batch": 300, "head-dropout": 0.3}
+    arguments = stage1(world, tmp_path / "run", **flags, **{"state-interval-steps": 3})
+    kill_thrice("1", arguments, tmp_path / "run")
+    assert "continuing after step" in call("stage1", arguments[1:]).stdout
+    assert_same_run(tmp_path / "run", trained("1", **flags))
+
+
+def test_killed_shards_go_on_as_shards_and_as_a_whole(world, trained, tmp_path):
+    how, flags = "fsdp_27b.yaml:2", {"max-tokens-per-micro-batch": 300}
+    runs = {name: tmp_path / name for name in ("sharded", "whole")}
+    arguments = {
+        name: stage1(world, run, **flags, **{"state-interval-steps": 3}) for name, run in runs.items()
+    }
+    kill_thrice(how, arguments["sharded"], runs["sharded"])
+    shutil.copytree(runs["sharded"], runs["whole"])
+    assert "continuing after step" in launch(how, *arguments["sharded"]).stdout
+    assert_same_run(runs["sharded"], trained(how, **flags))
+    assert "continuing after step" in call("stage1", arguments["whole"][1:]).stdout
+    assert_same_losses(runs["whole"], trained(how, **flags))
+    assert not (runs["whole"] / "state").exists()

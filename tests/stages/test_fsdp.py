@@ -6,22 +6,24 @@ import pytest
 from launching import launch
 
 
-def probe(how, checkpoint):
-    found = launch(how, "tests/stages/fsdp_probe.py", checkpoint)
-    return json.loads(next(line for line in found.stdout.splitlines() if line.startswith("{")))
+def probe(how, *checkpoints):
+    """What the probe says of each checkpoint."""
+    printed = launch(how, "tests/stages/fsdp_probe.py", *checkpoints).stdout.splitlines()
+    found = [json.loads(line) for line in printed if line.startswith("{")]
+    assert len(found) == len(checkpoints)
+    return found
 
 
-@pytest.mark.parametrize("family", ["gemma", "llama"])
-def test_full_sharding(world, family):
-    found = probe("fsdp_27b.yaml:2", world / family)
-    # One group a decoder layer, one each for embedding, final norm and the rest (the head).
-    assert found["groups"] == found["layers"] + 3 == 5
-    assert found["all_dtensor"] and found["placements"] == ["(Shard(dim=0),)"] and found["mesh"] == [2]
-    assert_steps_are_right(found)
+def test_full_sharding(world):
+    for found in probe("fsdp_27b.yaml:2", world / "gemma", world / "llama"):
+        # One group a decoder layer, one each for embedding, final norm and the rest (the head).
+        assert found["groups"] == found["layers"] + 3 == 5
+        assert found["all_dtensor"] and found["placements"] == ["(Shard(dim=0),)"] and found["mesh"] == [2]
+        assert_steps_are_right(found)
 
 
 def test_hybrid_sharding_shards_in_a_machine_and_replicates_over_machines(world):
-    found = probe("fsdp_27b_multinode.yaml:4", world / "gemma")
+    [found] = probe("fsdp_27b_multinode.yaml:4", world / "gemma")
     assert found["mesh"] == [2, 2] and found["placements"] == ["(Replicate(), Shard(dim=0))"]
     assert_steps_are_right(found)
 
