@@ -184,12 +184,12 @@ def ask(*words: str, timeout_s: float = 60) -> tuple[dict, str]:
     return facts, failure
 
 
-def tell_driver() -> Iterator[dict]:
+def tell_driver(timeout_s: float = 10) -> Iterator[dict]:
     """Version of NVIDIA's driver and names of its GPUs; nothing without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=10)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
     said = done.stdout.strip() or done.stderr.strip()
     if done.returncode and "no devices" not in said.lower():
         sys.exit(said.partition("\n")[0] or f"nvidia-smi: status {done.returncode}")
@@ -296,7 +296,7 @@ def check_python(args: Args, answers: Answers) -> Iterator[Line]:
     yield Line("packages", not lacking, text, INSTALL, "the demo")
 
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
     found = {name: version_of(name) or pin for name, pin in pins.items()}
     others = [name for name, pin in pins.items() if found[name].partition("+")[0] != pin]
     named = [name for name in others if name in needs]  # only what this project names itself counts
