@@ -214,14 +214,11 @@ def tell_torch() -> Iterator[dict]:
         except Exception as error:  # whatever the driver says is the answer
             gpus[i]["failure"] = str(error).partition("\n")[0]
     yield {"gpus": gpus}
-    yield {"backends": name_backends()}
+    from common.ops import choose
 
-
-def name_backends() -> str:
-    """Every op with the backend that it uses here: "attention torch, rms_norm torch"."""
-    from common.ops import OPS
-
-    return ", ".join(f"{op} {next(iter(available))}" for op, available in OPS.items())  # fastest first
+    device = "cuda" if gpus else "cpu"  # what Gemma 2 9B asks for, the most that any recipe does
+    ops = choose(device=device, dtype=torch.bfloat16, head_dim=256, softcap=50.0, window=4096)
+    yield {"backends": str(ops)}
 
 
 def tell_hub(where: str, *models: str) -> Iterator[dict]:
@@ -231,14 +228,14 @@ def tell_hub(where: str, *models: str) -> Iterator[dict]:
     # By path: the package around it imports torch, which may be what is broken.
     zoo = runpy.run_path(str(ROOT / "common/models/zoo.py"))["ZOO"]
     yield {"cache": constants.HF_HUB_CACHE, "has_token": bool(get_token())}
-    files = {model: count_local_files(zoo[model].source) for model in models}
-    yield {model: (zoo[model].source, *counts) for model, counts in files.items()}
+    files = {model: count_local_files(zoo[model]) for model in models}
+    yield {model: (zoo[model], *counts) for model, counts in files.items()}
     yield {"local": [model for model, (have, of) in files.items() if 0 < of == have]}
     if where == "offline" or constants.HF_HUB_OFFLINE:
         yield {"login": "offline", "access": dict.fromkeys(models, "offline")}
         return
     with ThreadPoolExecutor() as pool:
-        access = {model: pool.submit(ask_hub, zoo[model].source) for model in models}
+        access = {model: pool.submit(ask_hub, zoo[model]) for model in models}
         yield {"access": {model: told.result() for model, told in access.items()}}
         yield {"login": ask_hub()}
 

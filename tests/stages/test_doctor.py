@@ -339,7 +339,7 @@ def test_the_backends_are_those_of_the_ops():
 
 
 def hub(**facts):
-    known = {"gemma9b": [ZOO["gemma9b"].source, 0, 0], "local": [], "cache": "/", "has_token": True}
+    known = {"gemma9b": [ZOO["gemma9b"], 0, 0], "local": [], "cache": "/", "has_token": True}
     known |= {"login": "as ada"}
     return machine(hub=(known | facts, "no answer"))
 
