@@ -32,6 +32,10 @@ ENSEMBLE, FITTED, PRIOR = "ensemble", "ensemble-fitted", "prior"
 COUNT, LOSS, GAIN = "{:,}", "{:.4f}", "{:+.4f}"
 INTERVAL, GAIN_INTERVAL = "{0[0]:.4f} to {0[1]:.4f}", "{0[0]:+.4f} to {0[1]:+.4f}"
 NO_EVALUATION = "There is no scored evaluation; make one with: just evaluate."
+SWAP_INTRO = (
+    "The same comparison is shown in both orders; the second answer is mirrored back, so that both speak of "
+    "the same A. On the dashed line the order does not matter."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +62,17 @@ def main(args: Args) -> None:
     scored = [one for one in evaluations if one["pooled"]]
     sections = [
         scores_section(evaluations, scored, output),
-        calibration_section(scored, output),
-        swap_section(scored, output),
+        by_evaluation("Calibration", scored, calibration_part, output),
+        by_evaluation("Swap consistency", scored, swap_part, output, intro=SWAP_INTRO),
         by_evaluation("Slices", scored, slices_part, output),
         training_section(trained, output),
         lengths_section(trained, output),
         lineage_section(trained, labellings),
         bundle_section(bundle),
     ]
+    if scored and not any(one["calibration"] for one in scored):
+        way_out = "give a finished evaluation's command the flag --calibrate"
+        sections[1].missing.append(f"No calibration was fitted; {way_out}.")
     for one in sections:
         parts = (one, *one.folded)
         shown, tables = sum(len(part.pictures) for part in parts), sum(len(part.tables) for part in parts)
@@ -92,7 +99,7 @@ def read_evaluations(artifacts: Path) -> list[dict]:
     """Every evaluation, of the last stage first; without a stage in its name, the newest first.
 
     Beside the files: `groups` (what each model adds to the ensemble), `pooled` (the scores of those and of
-    the ensembles), `prior` and `floor` (each None where unknown), `labelled` (probabilities with labels).
+    the ensembles), `prior` and `floor` (each None where unknown), `probabilities`.
     """
     summary = artifacts / "summary.json"
     stages = read_json(summary)["stages"] if summary.is_file() else []
@@ -106,9 +113,7 @@ def read_evaluations(artifacts: Path) -> list[dict]:
         one["prior"], one["floor"] = scores.pop(PRIOR, None), floors.get(one["name"])
         pooled = (*one["groups"], ENSEMBLE, FITTED)
         one["pooled"] = {group: scores[group] for group in pooled if group in scores}
-        path = one["folder"] / "probabilities.parquet"
-        frame = pl.read_parquet(path) if path.is_file() else pl.DataFrame(schema=LABELS)
-        one["labelled"] = frame.filter(is_labelled()) if LABELS[0] in frame.columns else frame.clear()
+        one["probabilities"] = read_probabilities(one["folder"] / "probabilities.parquet")
 
     def rank(one: dict) -> tuple[int, float]:
         stage = re.search(r"stage(\d)", one["name"])
@@ -117,11 +122,14 @@ def read_evaluations(artifacts: Path) -> list[dict]:
     return sorted(evaluations, key=rank)
 
 
-def probabilities(one: dict, group: str) -> np.ndarray | None:
-    """Of an evaluation's labelled rows, float32 [comparisons, 3]; None where it has none of the group."""
-    columns = [f"{group}/{label}" for label in LABELS]
-    is_there = len(one["labelled"]) and set(columns) <= set(one["labelled"].columns)
-    return one["labelled"].select(columns).to_numpy() if is_there else None
+def read_probabilities(path: Path) -> dict[str, np.ndarray]:
+    """Group -> float32 [labelled comparisons, 3], and "labels" likewise; empty where nothing is labelled."""
+    frame = pl.read_parquet(path) if path.is_file() else pl.DataFrame()
+    if LABELS[0] not in frame.columns or (frame := frame.filter(is_labelled())).is_empty():
+        return {}
+    groups = [name.removesuffix(f"/{LABELS[0]}") for name in frame.columns if name.endswith(f"/{LABELS[0]}")]
+    found = {group: frame.select(f"{group}/{label}" for label in LABELS).to_numpy() for group in groups}
+    return found | {"labels": frame.select(LABELS).to_numpy()}
 
 
 def headlines(scored: list[dict], verified: dict) -> list[str]:
@@ -147,10 +155,9 @@ def headlines(scored: list[dict], verified: dict) -> list[str]:
 def scores_section(evaluations: list[dict], scored: list[dict], output: Path) -> Section:
     """The ladder of evaluations, and all numbers."""
     section = Section("Scores", missing=[] if scored else [NO_EVALUATION])
-    section.missing += [
-        f"{one['name']}: has no prior; evaluate it again." for one in scored if not one["prior"]
-    ]
     for one in evaluations:
+        if one["pooled"] and not one["prior"]:
+            section.missing.append(f"{one['name']}: has no prior; evaluate it again.")
         if not one["pooled"]:
             is_complete = one["run"]["status"] == "complete"
             why = "had no labelled comparisons to score" if is_complete else "is not finished; start it again"
@@ -200,33 +207,23 @@ def scores_section(evaluations: list[dict], scored: list[dict], output: Path) ->
 
 
 def by_evaluation(
-    title: str, scored: list[dict], part_of: Callable[[dict, Path], Section], output: Path
+    title: str, scored: list[dict], part_of: Callable[[dict, Path], Section], output: Path, *, intro: str = ""
 ) -> Section:
     """A section of one part an evaluation: the first that shows anything is open, the others fold."""
     parts = [part_of(one, output) for one in scored]
     missing = [line for part in parts for line in part.missing] if scored else [NO_EVALUATION]
     first, *others = [part for part in parts if part.pictures or part.tables] or [Section(title)]
-    return replace(first, title=title, missing=missing, folded=others)
-
-
-def calibration_section(scored: list[dict], output: Path) -> Section:
-    """Reliability diagrams, and whether a scaling is kept."""
-    section = by_evaluation("Calibration", scored, calibration_part, output)
-    if scored and not any(one["calibration"] for one in scored):
-        way = "give a finished evaluation's command the flag --calibrate"
-        section.missing.append(f"No calibration was fitted; {way}.")
-    return section
+    text = [intro, *first.text] if intro and first.pictures else first.text
+    return replace(first, title=title, text=text, missing=missing, folded=others)
 
 
 def calibration_part(one: dict, output: Path) -> Section:
-    """One evaluation's diagrams, the decision on scaling, and both scalings of every model."""
-    name, part = one["name"], Section(one["name"])
-    labels = one["labelled"].select(LABELS).to_numpy() if len(one["labelled"]) else None
-    shown = one["groups"] if len(one["groups"]) == 1 else [*one["groups"], ENSEMBLE]
-    claims = {group.removesuffix("/mean"): probabilities(one, group) for group in shown}
-    data = {group: (claimed, labels) for group, claimed in claims.items() if claimed is not None}
-    if labels is None:
+    """Reliability diagrams, and whether a scaling is kept."""
+    name, part, claims = one["name"], Section(one["name"]), one["probabilities"]
+    if not claims:
         part.missing.append(f"{name}: probabilities.parquet has no labels; evaluate it again.")
+    shown = one["groups"] if len(one["groups"]) == 1 else [*one["groups"], ENSEMBLE]
+    data = {g.removesuffix("/mean"): (claims[g], claims["labels"]) for g in shown if g in claims}
     if data:
         alt = f"Reliability diagrams for A wins, B wins and tie, {name}: {', '.join(data)}"
         caption = f"{name}: on the dotted line, what is claimed happens as often."
@@ -261,23 +258,12 @@ def decision(evaluation: str, found: dict) -> str:
     )
 
 
-def swap_section(scored: list[dict], output: Path) -> Section:
-    """p(A, B) against the mirrored p(B, A)."""
-    section = by_evaluation("Swap consistency", scored, swap_part, output)
-    if section.pictures:
-        section.text.append(
-            "The same comparison is shown in both orders; the second answer is mirrored back, so that both "
-            "speak of the same A. On the dashed line the order does not matter."
-        )
-    return section
-
-
 def swap_part(one: dict, output: Path) -> Section:
-    """Both orders of one evaluation's models."""
-    name, part = one["name"], Section(one["name"])
-    models, orders = one["run"]["recipe"]["models"], ("given", "swapped")
-    pairs = {model: [probabilities(one, f"{model}/{order}") for order in orders] for model in models}
-    pairs = {model: pair for model, pair in pairs.items() if all(claimed is not None for claimed in pair)}
+    """p(A, B) against the mirrored p(B, A)."""
+    name, part, claims = one["name"], Section(one["name"]), one["probabilities"]
+    models = one["run"]["recipe"]["models"]
+    orders = {model: [claims.get(f"{model}/{order}") for order in ("given", "swapped")] for model in models}
+    pairs = {model: pair for model, pair in orders.items() if all(order is not None for order in pair)}
     if not pairs:
         way = "evaluate checkpoints with --orders given swapped"
         part.missing.append(f"{name}: no labelled probabilities of both orders; {way}.")
@@ -308,7 +294,7 @@ def slices_part(one: dict, output: Path) -> Section:
     if not blocks:
         part.missing.append(f"{name}: has no slices; evaluate it again.")
         return part
-    alt = f"Log loss with interval of the ensemble {', '.join(blocks)}, evaluation {name}"
+    alt = f"Log loss with interval of the ensemble by {', '.join(ensemble['slices'])}, evaluation {name}"
     caption = f"{name}: the ensemble's log loss; in brackets, comparisons."
     part.draw(output / f"slices-{name}.png", pictures.ladder, blocks, alt, caption)
     columns = {"slice": "{}", "by": "{}", "comparisons": COUNT, "log loss": LOSS, "95 % interval": INTERVAL}
@@ -324,7 +310,10 @@ def training_section(trained: dict[str, list[dict]], output: Path) -> Section:
             section.missing.append(f"Nothing was trained in {stage}; do it with: just {stage} MODEL.")
         logged = {}
         for run in runs:
-            if steps := read_steps(run["folder"] / "metrics.jsonl"):
+            path = run["folder"] / "metrics.jsonl"
+            lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
+            steps = [json.loads(line) for line in lines[:-1]]  # the last one is empty, or being written
+            if steps:
                 logged[run["name"]] = {key: [step[key] for step in steps] for key in ("step", "loss", "lr")}
             else:
                 section.missing.append(f"{run['title']} has logged no step.")
@@ -338,12 +327,6 @@ def training_section(trained: dict[str, list[dict]], output: Path) -> Section:
     return section
 
 
-def read_steps(path: Path) -> list[dict]:
-    """The logged steps; a last line without its end is being written, or was when the run was stopped."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
 def lengths_section(trained: dict[str, list[dict]], output: Path) -> Section:
     """How long the training sequences are, and what the budget cut."""
     section, rows = Section("Sequence lengths"), []
@@ -355,9 +338,7 @@ def lengths_section(trained: dict[str, list[dict]], output: Path) -> Section:
                 way = "train it again with this version"
                 section.missing.append(f"{run['title']} has no sequences.json; {way}.")
                 continue
-            total, cut, budget = (
-                found[key] for key in ("num_sequences", "num_truncated", "conversation_tokens")
-            )
+            total, cut, budget = found["num_sequences"], found["num_truncated"], found["conversation_tokens"]
             share = cut / max(total, 1)
             rows.append((run["title"], total, budget, cut, share, found.get("num_became_identical")))
             note = f"{cut:,} of {total:,} cut ({share:.1%})"
@@ -395,7 +376,9 @@ def lineage_section(trained: dict[str, list[dict]], labellings: list[dict]) -> S
             sources = _listed(lineage.get("train_sources", {}), "{} {:,}") or "not recorded"
             loss = LOSS.format(metrics["log_loss"]) if "log_loss" in metrics else "nothing held out"
             rows.append((run["title"], lineage["parent"], sources, loss))
-    if not rows:
+    if rows:
+        section.text.append("Losses are of the held-out fold, one order.")
+    else:
         section.missing.append("No finished checkpoint tells its origin; train one with: just stage1 MODEL.")
     columns = ("model", "starts from", "trained on", "held-out log loss")
     section.tabulate("Origins", dict.fromkeys(columns, "{}"), rows)
@@ -407,18 +390,17 @@ def bundle_section(bundle: dict) -> Section:
     section, served, verified = Section("Bundle"), bundle["manifest"], bundle["verify"]
     if not served:
         section.missing.append("There is no bundle; build one with: just submit.")
-    keys = ("name", "order", "weight")
-    rows = [[model.get(key) for key in keys] for model in served.get("models", [])]
+    rows = [[model.get(key) for key in ("name", "order", "weight")] for model in served.get("models", [])]
     section.tabulate("Models served", {"model": "{}", "order": "{}", "weight": "{}"}, rows)
     if not verified:
         section.missing.append("No bundle has been verified; do it with: just submit.")
         return section
     section.text.append("Verified." if verified.get("passed") is True else "The verification did NOT pass.")
-    rows = [
-        (check.get("name"), "passed" if check.get("passed") is True else "FAILED", check.get("detail"))
-        for check in verified.get("checks", [])
-    ]
-    section.tabulate("Verification", {"check": "{}", "result": "{}", "detail": "{}"}, rows)
+    checks = []
+    for check in verified.get("checks", []):
+        result = "passed" if check.get("passed") is True else "FAILED"
+        checks.append((check.get("name"), result, check.get("detail")))
+    section.tabulate("Verification", {"check": "{}", "result": "{}", "detail": "{}"}, checks)
     return section
 
 

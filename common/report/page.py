@@ -26,11 +26,6 @@ class Section:
     tables: list[dict[str, object]] = field(default_factory=list)
     folded: list["Section"] = field(default_factory=list)
 
-    @property
-    def anchor(self) -> str:
-        """The part after # in a link to it."""
-        return self.title.lower().replace(" ", "-")
-
     def draw(self, path: Path, painter: Callable, data: object, alt: str, caption: str) -> None:
         """Adds a picture: `painter(path, data)` makes the PNG, the page holds it as a data URI."""
         painter(path, data)
@@ -48,19 +43,19 @@ class Section:
         """
         forms = columns.values()
         texts = [["" if v is None else f.format(v) for f, v in zip(forms, row, strict=True)] for row in rows]
-        is_numeric = [all(re.fullmatch(r"[-+\d.,%]*", text) for text in column) for column in zip(*texts)]
+        is_numeric = [all(re.fullmatch(r"[-+\d.,%]*", row[i]) for row in texts) for i in range(len(forms))]
         found = {"caption": caption, "columns": list(columns), "rows": texts, "is_numeric": is_numeric}
         self.tables += [found] if rows else []
 
 
 def render(template: Path, headlines: list[str], sections: list[Section], name: str) -> str:
     """The page's HTML from a Jinja file; every text is escaped, names of models and sources too."""
-    made = jinja2.Template(
-        template.read_text(encoding="utf-8"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    rules = {
+        "autoescape": True,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "undefined": jinja2.StrictUndefined,
+    }
+    made = jinja2.Template(template.read_text(encoding="utf-8"), **rules)
     text = made.render(headlines=headlines, sections=sections, name=name)
     return text.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no valid text

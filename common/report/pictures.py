@@ -1,4 +1,4 @@
-"""Pictures of a run, each one PNG (`path`) from plain arrays: legible on a phone, in print, and without colours.
+"""Pictures, each one PNG (`path`) from plain arrays: legible on a phone, in print, and without colours.
 
 All are FIGURE_WIDTH inches wide, panels one above the other, so that a page may show them at any width from
 4 inches on. What differs in colour differs in marker or line as well.
@@ -7,6 +7,7 @@ All are FIGURE_WIDTH inches wide, panels one above the other, so that a page may
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -34,7 +35,8 @@ BLACK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
 """Okabe and Ito's colours, told apart with any colour vision; without the yellow, too pale on white."""
 MARKERS = "osD^vPX<>p"
 LINES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (8, 3)), (0, (3, 1)))
-GREY, WHITE = "#5a5a5a", "#ffffff"
+GREY = "#5a5a5a"
+TOKENS = "tokens a sequence, with markup\n(dashed: budget of the conversation in it)"
 THOUSANDS = "{x:,.10g}"
 """Of a tick: 1,500 and 0.25; text, whatever the scale."""
 STYLE = {
@@ -90,9 +92,7 @@ def reliability(path: Path, groups: dict[str, tuple[np.ndarray, np.ndarray]]) ->
         _legend(figure, marks)
 
 
-def binned(
-    claimed: np.ndarray, happened: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def binned(claimed: np.ndarray, happened: np.ndarray) -> tuple[np.ndarray, ...]:
     """Mean claim and mean label in bins of equal size; equal claims share a bin.
 
     Args:
@@ -166,11 +166,9 @@ def ladder(path: Path, blocks: Mapping[str, Mapping[str, object]]) -> None:
             the prior or the floor, become a vertical line in each row of the block.
     """
     num_rows = sum(len(block["rows"]) for block in blocks.values())
-    marks = list(dict.fromkeys(name for block in blocks.values() for name in block.get("marks", {})))
-    styles = {
-        name: {"color": color, "linestyle": line, "linewidth": 1.6}
-        for name, color, line in zip(marks, (VERMILLION, BLUE, PURPLE, GREEN), LINES[1:], strict=False)
-    }
+    marks = dict.fromkeys(name for block in blocks.values() for name in block.get("marks", {}))
+    kinds = zip(marks, (VERMILLION, BLUE, PURPLE, GREEN), LINES[1:], strict=False)
+    styles = {name: {"color": color, "linestyle": line, "linewidth": 1.6} for name, color, line in kinds}
     height = 0.9 + 0.46 * num_rows + 0.5 * len(blocks) + 0.24 * len(marks)
     with _panels(path, height) as (figure, (axes,)):
         y = 0.0
@@ -217,19 +215,19 @@ def swap_consistency(path: Path, groups: dict[str, tuple[np.ndarray, np.ndarray]
 
 def lengths(
     path: Path,
-    runs: Mapping[str, Mapping[str, object]],
+    runs: Mapping[str, Mapping],
     *,
     unit: str = "sequences",
+    xlabel: str = TOKENS,
     xscale: str = "linear",
-    xlabel: str = "tokens a sequence, with markup\n(dashed: budget of the conversation in it)",
 ) -> None:
-    """Histogram of training sequence lengths with the budget's line, a panel a run; or of other lengths.
+    """Histogram of training sequence lengths (or others) with the budget's line, a panel a run.
 
     Args:
         runs: Name -> {"edges" [bins + 1], "counts" [bins], "budget": tokens, "note": shown in the corner}.
         unit: What is counted.
-        xscale: Of matplotlib.
         xlabel: Below the last panel.
+        xscale: Of matplotlib.
     """
     with _panels(path, 0.5 + 1.75 * len(runs), len(runs), sharex=True) as (_, rows):
         for axes, (name, found) in zip(rows, runs.items(), strict=True):
@@ -258,8 +256,8 @@ def character_lengths(path: Path, tables: Mapping[str, np.ndarray]) -> None:
         counts, _ = np.histogram(np.maximum(values, 1), bins=edges)
         median = np.median(values)
         panels[name] = {"edges": edges, "counts": counts, "budget": median, "note": f"median {median:,.0f}"}
-    label = "characters a comparison (dashed: median)"
-    lengths(path, panels, unit="comparisons", xscale="log", xlabel=label)
+    xlabel = "characters a comparison (dashed: median)"
+    lengths(path, panels, unit="comparisons", xlabel=xlabel, xscale="log")
 
 
 def kept_rows(path: Path, tables: Mapping[str, Mapping[str, int]]) -> None:
@@ -268,12 +266,12 @@ def kept_rows(path: Path, tables: Mapping[str, Mapping[str, int]]) -> None:
     Args:
         tables: Name -> {"kept", "dropped", "rejected"}, numbers of rows, not all 0.
     """
-    parts = {"kept": (BLUE, ""), "dropped": (ORANGE, "//"), "rejected": (WHITE, "xx")}
+    parts = ("kept", "dropped", "rejected")
     bars = {}
     for name, counts in tables.items():
         total = sum(counts[part] for part in parts)
         bars[name] = ([counts[part] / total for part in parts], f"{counts['kept']:,} of {total:,} kept")
-    _shares(path, parts, bars, "share of the rows read")
+    _shares(path, parts, bars, xlabel="share of the rows read", hatch="xx")
 
 
 def label_shares(path: Path, tables: Mapping[str, Sequence[float]]) -> None:
@@ -282,12 +280,10 @@ def label_shares(path: Path, tables: Mapping[str, Sequence[float]]) -> None:
     Args:
         tables: Name -> shares of A, B, tie.
     """
-    parts = dict(zip(CLASS_NAMES, ((BLUE, ""), (ORANGE, "//"), (WHITE, "..")), strict=True))
-    bars = {
-        name: (shares, " / ".join(f"{100 * share:.0f}" for share in shares) + " %")
-        for name, shares in tables.items()
-    }
-    _shares(path, parts, bars, "share of the labels")
+    bars = {}
+    for name, shares in tables.items():
+        bars[name] = (shares, " / ".join(f"{100 * share:.0f}" for share in shares) + " %")
+    _shares(path, CLASS_NAMES, bars, xlabel="share of the labels", hatch="..")
 
 
 def shortened(name: str, limit: int) -> str:
@@ -299,30 +295,23 @@ def shortened(name: str, limit: int) -> str:
 
 
 @contextmanager
-def _panels(
-    path: Path, height: float, rows: int = 1, columns: int = 1, **layout: object
-) -> Iterator[tuple[Figure, np.ndarray]]:
+def _panels(path: Path, height: float, *shape: int, **layout: object) -> Iterator[tuple[Figure, np.ndarray]]:
     """A figure of `height` inches and its empty axes, from above; written as PNG, atomically, on success."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
-        yield figure, figure.subplots(rows, columns, squeeze=False, **layout).ravel()
+        yield figure, figure.subplots(*shape, squeeze=False, **layout).ravel()
         with replacing(path) as temporary, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
             figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
 
 
-def _shares(
-    path: Path,
-    parts: Mapping[str, tuple[str, str]],
-    bars: Mapping[str, tuple[Sequence[float], str]],
-    xlabel: str,
-) -> None:
-    """Stacked bars, name -> (shares, note), name and note above; `parts` are name -> (colour, hatch)."""
-    # white lines keep neighbours apart where there is no colour
-    styles = [
-        {"facecolor": color, "hatch": hatch, "edgecolor": GREY if color == WHITE else "white"}
-        for color, hatch in parts.values()
-    ]
+def _shares(path: Path, parts: Sequence[str], bars: dict[str, tuple], *, xlabel: str, hatch: str) -> None:
+    """Stacked bars of three parts, name -> (shares, note), both above; `hatch` is the white part's."""
+    styles = (  # white lines keep neighbours apart where there is no colour
+        {"facecolor": BLUE, "edgecolor": "white"},
+        {"facecolor": ORANGE, "edgecolor": "white", "hatch": "//"},
+        {"facecolor": "white", "edgecolor": GREY, "hatch": hatch},
+    )
     with _panels(path, 1.2 + 0.62 * len(bars)) as (figure, (axes,)):
         for y, (name, (shares, note)) in enumerate(bars.items()):
             left = 0.0
@@ -349,10 +338,8 @@ def _above(axes: Axes, y: float, left: str, right: str) -> None:
 def _marks(names: Iterable[str]) -> dict[str, dict[str, object]]:
     """Colour, marker and line of each; 7 colours, 10 markers and 7 lines: no two alike below 70."""
     colors = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-    return {
-        name: {"color": colors[i % 7], "marker": MARKERS[i % 10], "linestyle": LINES[i % 7]}
-        for i, name in enumerate(names)
-    }
+    kinds = zip(names, cycle(colors), cycle(MARKERS), cycle(LINES))
+    return {name: {"color": color, "marker": mark, "linestyle": line} for name, color, mark, line in kinds}
 
 
 def _legend(figure: Figure, styles: Mapping[str, Mapping[str, object]]) -> None:

@@ -16,6 +16,8 @@ from calling import call
 from helpers import ROOT
 
 from common.data.table import LABELS
+from common.score import ensemble
+from stages import report
 
 SECTIONS = (
     "Scores",
@@ -222,6 +224,7 @@ def test_the_numbers_are_those_of_the_files(whole):
     assert "0.9876" in page.text and "0.8765" in page.text  # slices
     assert "8,642" in page.text and "77" in page.text and "0.9%" in page.text  # truncation
     assert "arena 4,321" in page.text and "elsewhere/stage2/gemma" in page.text  # lineage
+    assert "Pseudo labels ensemble: 99 comparisons." in page.text
     assert "did NOT pass" in page.text and "FAILED" in page.text and "12 files" in page.text  # bundle
 
 
@@ -344,6 +347,14 @@ def test_a_broken_file_is_named(whole, tmp_path, file, text):
     assert str(artifacts / file) in called.stderr
     assert len(called.stderr.splitlines()) == 1
     assert not (artifacts / "report/report.html").exists()
+
+
+def test_names_of_groups_are_those_of_the_evaluation():
+    assert (report.ENSEMBLE, report.FITTED, report.PRIOR) == (
+        ensemble.ENSEMBLE,
+        ensemble.FITTED,
+        ensemble.PRIOR,
+    )
 
 
 def test_the_report_waits_for_no_torch():
