@@ -24,8 +24,7 @@ from common.data.sources.find import find_tables
 from common.data.table import LABELS, TEXTS, is_labelled, labels_array, read_comparisons
 from common.data_manifest import JOINED, manifest_path
 from common.files import read_json, write_json
-from common.report.data_pictures import character_lengths, kept_rows, label_shares
-from common.report.pictures import lengths
+from common.report.pictures import character_lengths, kept_rows, label_shares, lengths
 
 DATA = Path("artifacts/data")
 NUM_MODELS = 10

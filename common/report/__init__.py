@@ -1,1 +1,1 @@
-"""What a report is made of: readers of artifacts, pictures, sections, the page."""
+"""What a report is made of: pictures, and the page that shows them."""

@@ -2,102 +2,60 @@
 
 import base64
 import re
-import struct
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 
-from common.report.pictures import DOTS_PER_INCH
+from common.report.pictures import FIGURE_WIDTH
 
 CSS_PIXELS_PER_INCH = 104
 """At which a picture is shown: a little above CSS's 96, so that its 11 pt text looks like the page's."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A PNG on the page."""
-
-    uri: str
-    width: int
-    """CSS pixels at which its text has the size of the page's."""
-    alt: str
-    caption: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Rows of text; the first column names the row."""
-
-    caption: str
-    columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
-
-    def is_numeric(self, column: int) -> bool:
-        """Whether a column holds numbers alone, which are then aligned to the right."""
-        return all(re.fullmatch(r"[-+\d.,%]*", row[column]) for row in self.rows)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class Section:
     """A heading, sentences, then pictures and tables; `folded` ones wait behind their title on screen."""
 
     title: str
-    text: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
+    text: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
     """Sentences on what is not there and how to make it."""
-    pictures: tuple[Picture, ...] = ()
-    tables: tuple[Table, ...] = ()
-    folded: tuple["Section", ...] = ()
+    pictures: list[dict[str, object]] = field(default_factory=list)
+    tables: list[dict[str, object]] = field(default_factory=list)
+    folded: list["Section"] = field(default_factory=list)
 
-    @property
-    def anchor(self) -> str:
-        """The part after # in a link to it."""
-        return self.title.lower().replace(" ", "-")
+    def draw(self, path: Path, painter: Callable, data: object, alt: str, caption: str) -> None:
+        """Adds a picture: `painter(path, data)` makes the PNG, the page holds it as a data URI."""
+        painter(path, data)
+        uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+        width = round(FIGURE_WIDTH * CSS_PIXELS_PER_INCH)
+        self.pictures.append({"uri": uri, "width": width, "alt": alt, "caption": caption})
 
+    def tabulate(self, caption: str, columns: Mapping[str, str], rows: Sequence[Sequence[object]]) -> None:
+        """Adds a table, unless there are no rows.
 
-def first_open(title: str, parts: list[Section], missing: list[str], text: tuple[str, ...] = ()) -> Section:
-    """A section that shows its first part and folds the others."""
-    if not parts:
-        return Section(title=title, text=text, missing=tuple(missing))
-    first, *others = parts
-    return Section(
-        title=title,
-        text=(*text, *first.text),
-        missing=tuple(missing),
-        pictures=first.pictures,
-        tables=first.tables,
-        folded=tuple(others),
-    )
-
-
-def picture(path: Path, alt: str, caption: str) -> Picture:
-    """A PNG as a data URI."""
-    data = path.read_bytes()
-    width, _ = struct.unpack(">II", data[16:24])  # of a PNG's first chunk
-    return Picture(
-        uri="data:image/png;base64," + base64.b64encode(data).decode("ascii"),
-        width=round(width / DOTS_PER_INCH * CSS_PIXELS_PER_INCH),
-        alt=alt,
-        caption=caption,
-    )
+        Args:
+            caption: Above it.
+            columns: Heading -> format of its values ("{:.4f}"); numbers alone are aligned to the right.
+            rows: Values; the first one names the row, None stays empty.
+        """
+        forms = columns.values()
+        texts = [["" if v is None else f.format(v) for f, v in zip(forms, row, strict=True)] for row in rows]
+        is_numeric = [all(re.fullmatch(r"[-+\d.,%]*", row[i]) for row in texts) for i in range(len(forms))]
+        found = {"caption": caption, "columns": list(columns), "rows": texts, "is_numeric": is_numeric}
+        self.tables += [found] if rows else []
 
 
 def render(template: Path, headlines: list[str], sections: list[Section], name: str) -> str:
-    """The page's HTML; every text is escaped, names of models and sources too.
-
-    Args:
-        template: Jinja file.
-        headlines: Sentences at the top.
-        sections: In the order of the page.
-        name: Of the run, for the title.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(template.parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template(template.name).render(headlines=headlines, sections=sections, name=name)
+    """The page's HTML from a Jinja file; every text is escaped, names of models and sources too."""
+    rules = {
+        "autoescape": True,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "undefined": jinja2.StrictUndefined,
+    }
+    made = jinja2.Template(template.read_text(encoding="utf-8"), **rules)
+    text = made.render(headlines=headlines, sections=sections, name=name)
     return text.encode("utf-8", "replace").decode("utf-8")  # a file's name may be no valid text

@@ -1,18 +1,22 @@
-"""Pictures of a run, each one PNG from plain arrays: legible on a phone, in print, and without colours.
+"""Pictures, each one PNG (`path`) from plain arrays: legible on a phone, in print, and without colours.
 
 All are FIGURE_WIDTH inches wide, panels one above the other, so that a page may show them at any width from
 4 inches on. What differs in colour differs in marker or line as well.
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
@@ -24,8 +28,6 @@ DOTS_PER_INCH = 220
 CLASS_NAMES = ("A wins", "B wins", "tie")
 NUM_BINS = 10
 MIN_ROWS_PER_BIN = 20
-NORMAL_QUANTILE = 1.96
-"""Of a 95 % interval."""
 
 BLACK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
     "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9".split()
@@ -34,6 +36,9 @@ BLACK, BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
 MARKERS = "osD^vPX<>p"
 LINES = ("-", "--", "-.", ":", (0, (6, 1.5, 1, 1.5, 1, 1.5)), (0, (8, 3)), (0, (3, 1)))
 GREY = "#5a5a5a"
+TOKENS = "tokens a sequence, with markup\n(dashed: budget of the conversation in it)"
+THOUSANDS = "{x:,.10g}"
+"""Of a tick: 1,500 and 0.25; text, whatever the scale."""
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
@@ -53,8 +58,6 @@ STYLE = {
     "figure.facecolor": "white",
     "text.parse_math": False,  # names are data: a dollar sign is one
 }
-ON_GRID = [withStroke(linewidth=4, foreground="white")]
-"""Of text that the lines of the grid do not cross."""
 
 
 def reliability(path: Path, groups: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
@@ -64,22 +67,19 @@ def reliability(path: Path, groups: dict[str, tuple[np.ndarray, np.ndarray]]) ->
     each, else of the last one). On the diagonal a model is as sure as it may be.
 
     Args:
-        path: PNG to write.
         groups: Name -> (probabilities [comparisons, 3], labels [comparisons, 3]), classes A, B, tie.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(9.6 + 0.24 * len(groups))
-        rows = figure.subplots(6, 1, height_ratios=(4, 1) * 3)
-        for c, class_name in enumerate(CLASS_NAMES):
-            panel, strip = rows[2 * c], rows[2 * c + 1]
+    marks = _marks(groups)
+    with _panels(path, 9.6 + 0.24 * len(groups), 6, height_ratios=(4, 1) * 3) as (figure, rows):
+        for c, (class_name, (panel, strip)) in enumerate(zip(CLASS_NAMES, rows.reshape(3, 2), strict=True)):
             panel.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=(0, (1, 2)))
             limit = 0.1
-            for i, (probabilities, labels) in enumerate(groups.values()):
+            for name, (probabilities, labels) in groups.items():
+                mark = marks[name]
                 claimed, happened, low, high = binned(probabilities[:, c], labels[:, c])
                 limit = max(limit, probabilities[:, c].max(), high.max())
-                mark = _mark(i)
                 panel.plot(claimed, happened, **mark, markersize=7, markeredgecolor="white", linewidth=1.4)
-                if len(groups) <= 4 or i == len(groups) - 1:
+                if len(groups) <= 4 or name == list(groups)[-1]:
                     panel.vlines(claimed, low, high, color=mark["color"], linewidth=1.2, alpha=0.55)
                 density, edges = np.histogram(probabilities[:, c], bins=np.linspace(0, 1, 41))
                 share = density / max(len(probabilities), 1)
@@ -88,14 +88,11 @@ def reliability(path: Path, groups: dict[str, tuple[np.ndarray, np.ndarray]]) ->
             panel.set(title=class_name, ylabel="happened", xlim=(0, limit), ylim=(0, limit))
             panel.tick_params(labelbottom=False)
             strip.set(yticks=[], ylabel="claims", xlim=(0, limit))
-        rows[-1].set_xlabel("claimed probability")
-        _legend(figure, [_line(_mark(i)) for i in range(len(groups))], list(groups))
-        save(figure, path)
+        strip.set_xlabel("claimed probability")
+        _legend(figure, marks)
 
 
-def binned(
-    claimed: np.ndarray, happened: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def binned(claimed: np.ndarray, happened: np.ndarray) -> tuple[np.ndarray, ...]:
     """Mean claim and mean label in bins of equal size; equal claims share a bin.
 
     Args:
@@ -120,9 +117,9 @@ def wilson_interval(share: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, n
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
-    z2 = NORMAL_QUANTILE**2
+    z2 = 1.96**2  # of the normal distribution's 95 %
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = NORMAL_QUANTILE * np.sqrt(share * (1 - share) / count + z2 / (4 * count**2)) / (1 + z2 / count)
+    half = np.sqrt(z2 * (share * (1 - share) / count + z2 / (4 * count**2))) / (1 + z2 / count)
     return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
 
 
@@ -130,23 +127,20 @@ def curves(path: Path, runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Non
     """Loss (each step faint, its running mean strong) and learning rate over the share of steps done.
 
     Args:
-        path: PNG to write.
         runs: Name -> {"step", "loss", "lr"}, each [logged steps].
     """
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(5.2 + 0.24 * len(runs))
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    marks, height = _marks(runs), 5.2 + 0.24 * len(runs)
+    with _panels(path, height, 2, sharex=True, height_ratios=(2, 1)) as (figure, (top, bottom)):
         strong = []
-        for i, logged in enumerate(runs.values()):
+        for i, (name, logged) in enumerate(runs.items()):
             step, loss, rate = (np.asarray(logged[key], np.float64) for key in ("step", "loss", "lr"))
-            mark = _mark(i)
-            smooth = running_mean(loss, max(1, len(loss) // 8))
+            gap = max(1, len(loss) // 8)
+            smooth = running_mean(loss, gap)
             if len(runs) <= 2:
-                top.plot(step, loss, color=mark["color"], linewidth=0.5, alpha=0.18)
-            gap = max(len(loss) // 8, 1)  # markers of one run between those of the others
-            every = {"markevery": (i * gap // len(runs), gap), "markersize": 6}
-            top.plot(step, smooth, **mark, **every, linewidth=1.8)
-            bottom.plot(step, rate, **mark, **every, linewidth=1.5)
+                top.plot(step, loss, color=marks[name]["color"], linewidth=0.5, alpha=0.18)
+            every = (i * gap // len(runs), gap)  # markers of one run between those of the others
+            top.plot(step, smooth, **marks[name], markevery=every, markersize=6, linewidth=1.8)
+            bottom.plot(step, rate, **marks[name], markevery=every, markersize=6, linewidth=1.5)
             strong.append(smooth[np.isfinite(smooth)])
         shown = np.concatenate(strong)
         if len(shown):
@@ -155,103 +149,141 @@ def curves(path: Path, runs: Mapping[str, Mapping[str, Sequence[float]]]) -> Non
         top.set(title="Training loss", ylabel="nats a comparison")
         bottom.set(title="Learning rate", xlabel="optimiser step", ylim=(0, None))
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=False)
-        _legend(figure, [_line(_mark(i)) for i in range(len(runs))], list(runs))
-        save(figure, path)
+        _legend(figure, marks)
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred mean over `window` values, fewer at the ends; what is not finite is left out."""
-    finite = np.isfinite(values)
-    totals = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(finite)])
-    index = np.arange(len(values))
-    low, high = np.maximum(index - window // 2, 0), np.minimum(index + (window + 1) // 2, len(values))
-    seen = counts[high] - counts[low]
-    return np.where(seen > 0, (totals[high] - totals[low]) / np.maximum(seen, 1), np.nan)
+    finite = pl.Series(np.where(np.isfinite(values), values, np.nan)).fill_nan(None)
+    return finite.rolling_mean(window, min_samples=1, center=True).to_numpy()
 
 
 def ladder(path: Path, blocks: Mapping[str, Mapping[str, object]]) -> None:
     """Log loss with its 95 % interval, a row a model, blocks one below the other, against given marks.
 
     Args:
-        path: PNG to write.
         blocks: Title -> {"rows": name -> (log loss, low, high), "marks": name -> log loss}: marks, such as
             the prior or the floor, become a vertical line in each row of the block.
     """
     num_rows = sum(len(block["rows"]) for block in blocks.values())
-    marks = list(dict.fromkeys(name for block in blocks.values() for name in block.get("marks", {})))
-    styles = {
-        name: {"color": color, "linestyle": line, "linewidth": 1.6}
-        for name, color, line in zip(marks, (VERMILLION, BLUE, PURPLE, GREEN), LINES[1:], strict=False)
-    }
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(0.9 + 0.46 * num_rows + 0.5 * len(blocks) + 0.24 * len(marks))
-        axes = figure.subplots()
+    marks = dict.fromkeys(name for block in blocks.values() for name in block.get("marks", {}))
+    kinds = zip(marks, (VERMILLION, BLUE, PURPLE, GREEN), LINES[1:], strict=False)
+    styles = {name: {"color": color, "linestyle": line, "linewidth": 1.6} for name, color, line in kinds}
+    height = 0.9 + 0.46 * num_rows + 0.5 * len(blocks) + 0.24 * len(marks)
+    with _panels(path, height) as (figure, (axes,)):
         y = 0.0
         for title, block in blocks.items():
             axes.text(0, y, title, transform=axes.get_yaxis_transform(), weight="bold", va="bottom", size=12)
             for name, (value, low, high) in block["rows"].items():
                 y += 1
-                _dot_row(axes, y, name, value, low, high)
+                color, marker = (BLACK, "D") if name.startswith("ensemble") else (BLUE, "o")
+                band = {"color": color, "linewidth": 2.4, "alpha": 0.5, "solid_capstyle": "butt"}
+                axes.plot([low, high], [y + 0.12] * 2, **band)
+                axes.plot(value, y + 0.12, marker=marker, color=color, markersize=7)
+                _above(axes, y - 0.1, shortened(name, 36), f"{value:.4f}")
                 for mark, at in block.get("marks", {}).items():
                     axes.vlines(at, y - 0.06, y + 0.34, **styles[mark])  # beside the row's text, not across
             y += 1.3
         axes.set(xlabel="log loss, nats (lower is better)", yticks=[], ylim=(y - 0.8, -0.9))
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.06)
-        _legend(figure, [_line({**styles[name], "marker": ""}) for name in styles], list(styles))
-        save(figure, path)
+        _legend(figure, styles)
 
 
 def swap_consistency(path: Path, groups: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
     """Probabilities of the order A, B against those of B, A: on the diagonal the order does not matter.
 
     Args:
-        path: PNG to write.
         groups: Name -> (given, mirrored), each [comparisons, 3]; both speak of the same A.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(0.4 + 2.35 * len(groups))
-        rows = figure.subplots(len(groups), 2, sharex=True, sharey=True, squeeze=False)
+    height, bins = 0.4 + 2.35 * len(groups), np.linspace(0, 1, 41)
+    with _panels(path, height, len(groups), 2, sharex=True, sharey=True) as (_, panels):
+        rows = panels.reshape(-1, 2)
         for axes, (name, (given, mirrored)) in zip(rows, groups.items(), strict=True):
             for panel, c in zip(axes, (0, 2), strict=True):
-                bins = np.linspace(0, 1, 41)
                 counts, *_ = np.histogram2d(given[:, c], mirrored[:, c], bins=bins)
-                panel.pcolormesh(
-                    bins, bins, np.log1p(np.where(counts > 0, counts, np.nan)).T, cmap="cividis_r", vmin=0
-                )
+                shade = np.log1p(np.where(counts > 0, counts, np.nan)).T
+                panel.pcolormesh(bins, bins, shade, cmap="cividis_r", vmin=0)
                 panel.plot([0, 1], [0, 1], color=VERMILLION, linewidth=1, linestyle="--")
                 gap = np.abs(given[:, c] - mirrored[:, c]).mean()
                 panel.text(0.04, 0.95, f"{CLASS_NAMES[c]}\ngap {gap:.3f}", va="top", size=11)
                 panel.set(xlim=(0, 1), ylim=(0, 1), xticks=(0, 0.5, 1), yticks=(0, 0.5, 1), aspect="equal")
-            axes[0].set_title(shortened(name, 40))
-            axes[0].set_ylabel("shown B, A")
+            axes[0].set(title=shortened(name, 40), ylabel="shown B, A")
         for panel in rows[-1]:
             panel.set_xlabel("shown A, B")
-        save(figure, path)
 
 
-def lengths(path: Path, runs: Mapping[str, Mapping[str, object]]) -> None:
-    """Histogram of training sequence lengths with the budget's line, a panel a run.
+def lengths(
+    path: Path,
+    runs: Mapping[str, Mapping],
+    *,
+    unit: str = "sequences",
+    xlabel: str = TOKENS,
+    xscale: str = "linear",
+) -> None:
+    """Histogram of training sequence lengths (or others) with the budget's line, a panel a run.
 
     Args:
-        path: PNG to write.
         runs: Name -> {"edges" [bins + 1], "counts" [bins], "budget": tokens, "note": shown in the corner}.
+        unit: What is counted.
+        xlabel: Below the last panel.
+        xscale: Of matplotlib.
     """
-    with matplotlib.rc_context(STYLE):
-        figure = new_figure(0.5 + 1.75 * len(runs))
-        rows = figure.subplots(len(runs), 1, sharex=True, squeeze=False)[:, 0]
-        for panel, (name, found) in zip(rows, runs.items(), strict=True):
-            panel.stairs(found["counts"], found["edges"], fill=True, color=SKY)
-            panel.stairs(found["counts"], found["edges"], color=BLUE, linewidth=0.8)
-            panel.axvline(found["budget"], ymax=0.72, color=VERMILLION, linestyle="--", linewidth=1.6)
-            panel.set_title(shortened(name, 40))
-            panel.set_ylim(0, 1.55 * max(*found["counts"], 1))
-            panel.text(0.99, 0.97, found["note"], transform=panel.transAxes, ha="right", va="top", size=11)
-            panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-            panel.set_ylabel("sequences")
-        rows[-1].set_xlabel("tokens a sequence, with markup\n(dashed: budget of the conversation in it)")
-        save(figure, path)
+    with _panels(path, 0.5 + 1.75 * len(runs), len(runs), sharex=True) as (_, rows):
+        for axes, (name, found) in zip(rows, runs.items(), strict=True):
+            axes.stairs(found["counts"], found["edges"], fill=True, color=SKY)
+            axes.stairs(found["counts"], found["edges"], color=BLUE, linewidth=0.8)
+            axes.axvline(found["budget"], ymax=0.72, color=VERMILLION, linestyle="--", linewidth=1.6)
+            axes.set(title=shortened(name, 40), ylabel=unit, xscale=xscale)
+            axes.set_ylim(0, 1.55 * max(*found["counts"], 1))
+            axes.text(0.99, 0.97, found["note"], transform=axes.transAxes, ha="right", va="top", size=11)
+            axes.yaxis.set(major_locator=MaxNLocator(3, integer=True), major_formatter=THOUSANDS)
+            axes.xaxis.set_major_formatter(THOUSANDS)
+        axes.set_xlabel(xlabel)
+
+
+def character_lengths(path: Path, tables: Mapping[str, np.ndarray]) -> None:
+    """Histogram of characters a comparison on a logarithmic scale, a panel a table, its median dashed.
+
+    Args:
+        tables: Name -> characters of prompt and both answers, [comparisons].
+    """
+    low = min(max(values.min(), 1) for values in tables.values())
+    top = max(values.max() for values in tables.values())
+    edges = np.geomspace(low, max(top, 10 * low) * 1.01, 49)
+    panels = {}
+    for name, values in tables.items():
+        counts, _ = np.histogram(np.maximum(values, 1), bins=edges)
+        median = np.median(values)
+        panels[name] = {"edges": edges, "counts": counts, "budget": median, "note": f"median {median:,.0f}"}
+    xlabel = "characters a comparison (dashed: median)"
+    lengths(path, panels, unit="comparisons", xlabel=xlabel, xscale="log")
+
+
+def kept_rows(path: Path, tables: Mapping[str, Mapping[str, int]]) -> None:
+    """Shares of the rows read that were kept, dropped on purpose and rejected as bad, a bar a table.
+
+    Args:
+        tables: Name -> {"kept", "dropped", "rejected"}, numbers of rows, not all 0.
+    """
+    parts = ("kept", "dropped", "rejected")
+    bars = {}
+    for name, counts in tables.items():
+        total = sum(counts[part] for part in parts)
+        bars[name] = ([counts[part] / total for part in parts], f"{counts['kept']:,} of {total:,} kept")
+    _shares(path, parts, bars, xlabel="share of the rows read", hatch="xx")
+
+
+def label_shares(path: Path, tables: Mapping[str, Sequence[float]]) -> None:
+    """How the label weight is shared by the classes, a bar a table.
+
+    Args:
+        tables: Name -> shares of A, B, tie.
+    """
+    bars = {}
+    for name, shares in tables.items():
+        bars[name] = (shares, " / ".join(f"{100 * share:.0f}" for share in shares) + " %")
+    _shares(path, CLASS_NAMES, bars, xlabel="share of the labels", hatch="..")
 
 
 def shortened(name: str, limit: int) -> str:
@@ -262,48 +294,58 @@ def shortened(name: str, limit: int) -> str:
     return f"{name[:head]}…{name[len(name) - (limit - 1 - head) :]}"
 
 
-def _dot_row(axes: Axes, y: float, name: str, value: float, low: float, high: float) -> None:
-    """One value with its interval; name and numbers above it."""
-    is_ensemble = name.startswith("ensemble")
-    color, marker = (BLACK, "D") if is_ensemble else (BLUE, "o")
-    axes.plot([low, high], [y + 0.12] * 2, color=color, linewidth=2.4, alpha=0.5, solid_capstyle="butt")
-    axes.plot(value, y + 0.12, marker=marker, color=color, markersize=7)
-    across = axes.get_yaxis_transform()
-    above = {
-        "va": "bottom",
-        "transform": across,
-        "path_effects": ON_GRID,
-    }
-    axes.text(0, y - 0.1, shortened(name, 36), **above)
-    axes.text(1, y - 0.1, f"{value:.4f}", ha="right", **above)
+@contextmanager
+def _panels(path: Path, height: float, *shape: int, **layout: object) -> Iterator[tuple[Figure, np.ndarray]]:
+    """A figure of `height` inches and its empty axes, from above; written as PNG, atomically, on success."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
+        yield figure, figure.subplots(*shape, squeeze=False, **layout).ravel()
+        with replacing(path) as temporary, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
+            figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
 
 
-def _mark(i: int) -> dict[str, object]:
-    """Colour, marker and line of the i-th group; 7 colours, 10 markers and 7 lines: no two alike below 70."""
+def _shares(path: Path, parts: Sequence[str], bars: dict[str, tuple], *, xlabel: str, hatch: str) -> None:
+    """Stacked bars of three parts, name -> (shares, note), both above; `hatch` is the white part's."""
+    styles = (  # white lines keep neighbours apart where there is no colour
+        {"facecolor": BLUE, "edgecolor": "white"},
+        {"facecolor": ORANGE, "edgecolor": "white", "hatch": "//"},
+        {"facecolor": "white", "edgecolor": GREY, "hatch": hatch},
+    )
+    with _panels(path, 1.2 + 0.62 * len(bars)) as (figure, (axes,)):
+        for y, (name, (shares, note)) in enumerate(bars.items()):
+            left = 0.0
+            for style, share in zip(styles, shares, strict=True):
+                if share:  # the outline of nothing would look like something
+                    axes.barh(y + 0.14, share, left=left, height=0.36, **style)
+                left += share
+            _above(axes, y - 0.1, shortened(name, 26), note)
+        handles = [Patch(**style, label=part) for part, style in zip(parts, styles, strict=True)]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(parts))
+        axes.set(xlabel=xlabel, yticks=[], xlim=(0, 1), ylim=(len(bars) - 0.5, -0.6))
+        axes.xaxis.set(major_locator=MaxNLocator(5), major_formatter=THOUSANDS)
+        axes.spines["left"].set_visible(False)
+
+
+def _above(axes: Axes, y: float, left: str, right: str) -> None:
+    """Two texts at the ends of a row, not crossed by the lines of the grid."""
+    style = {"va": "bottom", "transform": axes.get_yaxis_transform()}
+    style["path_effects"] = [withStroke(linewidth=4, foreground="white")]
+    axes.text(0, y, left, **style)
+    axes.text(1, y, right, ha="right", **style)
+
+
+def _marks(names: Iterable[str]) -> dict[str, dict[str, object]]:
+    """Colour, marker and line of each; 7 colours, 10 markers and 7 lines: no two alike below 70."""
     colors = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-    return {"color": colors[i % 7], "marker": MARKERS[i % 10], "linestyle": LINES[i % 7]}
+    kinds = zip(names, cycle(colors), cycle(MARKERS), cycle(LINES))
+    return {name: {"color": color, "marker": mark, "linestyle": line} for name, color, mark, line in kinds}
 
 
-def _line(style: dict[str, object]) -> Line2D:
-    return Line2D([], [], **{"linewidth": 1.6, "markersize": 6, **style})
-
-
-def _legend(figure: Figure, handles: list[Line2D], names: Sequence[str]) -> None:
+def _legend(figure: Figure, styles: Mapping[str, Mapping[str, object]]) -> None:
     """Names above the panels; two columns where they fit."""
-    if not handles:
-        return
-    names = [shortened(name, 36) for name in names]
-    columns = 2 if max(map(len, names)) <= 15 else 1
-    figure.legend(handles, names, loc="outside upper left", ncols=columns)
-
-
-def new_figure(height: float) -> Figure:
-    """An empty figure, FIGURE_WIDTH wide and `height` inches high; to be made within STYLE."""
-    return Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, atomically."""
-    with replacing(path) as temporary, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names in any script
-        figure.savefig(temporary, format="png", dpi=DOTS_PER_INCH)
+    if styles:
+        names = [shortened(name, 36) for name in styles]
+        lines = [Line2D([], [], **{"linewidth": 1.6, "markersize": 6, **style}) for style in styles.values()]
+        columns = 2 if max(map(len, names)) <= 15 else 1
+        figure.legend(lines, names, loc="outside upper left", ncols=columns)

@@ -16,6 +16,8 @@ from calling import call
 from helpers import ROOT
 
 from common.data.table import LABELS
+from common.score import ensemble
+from stages import report
 
 SECTIONS = (
     "Scores",
@@ -183,7 +185,6 @@ def test_pictures_are_valid_and_the_same_in_the_page_and_beside_it(whole):
     stages = ("stage1", "stage2", "stage3")
     assert set(files) == {
         "ladder.png",
-        "lineage.png",
         *(f"{kind}-{stage}.png" for kind in ("curves", "lengths") for stage in stages),
         *(
             f"{kind}-{name}.png"
@@ -223,6 +224,7 @@ def test_the_numbers_are_those_of_the_files(whole):
     assert "0.9876" in page.text and "0.8765" in page.text  # slices
     assert "8,642" in page.text and "77" in page.text and "0.9%" in page.text  # truncation
     assert "arena 4,321" in page.text and "elsewhere/stage2/gemma" in page.text  # lineage
+    assert "Pseudo labels ensemble: 99 comparisons." in page.text
     assert "did NOT pass" in page.text and "FAILED" in page.text and "12 files" in page.text  # bundle
 
 
@@ -250,7 +252,7 @@ def test_an_evaluation_alone_is_enough_and_what_is_missing_is_named(tmp_path):
     call("report", "--artifacts", tmp_path / "a", "--output", out)
     page = Page(out / "report.html")
     assert not (tmp_path / "a/report").exists()
-    assert (out / "reliability-theirs.png").is_file() and not (out / "lineage.png").exists()
+    assert (out / "reliability-theirs.png").is_file() and not (out / "curves-stage1.png").exists()
     for sentence in (
         "No calibration was fitted",
         "Nothing was trained in stage1; do it with: just stage1 MODEL.",
@@ -326,19 +328,14 @@ def test_nothing_to_report_on_is_an_error_with_a_way_out(tmp_path, make):
     ("file", "text"),
     [
         ("stage1/gemma/run.json", '{"recipe": {'),
-        ("stage1/gemma/run.json", "[]"),
-        ("stage1/gemma/preference.json", '{"lineage": [1]}'),
-        ("stage1/gemma/sequences.json", '{"num_sequences": 3}'),
-        ("stage1/gemma/metrics.jsonl", '{"step": 1, "loss"\n{"step": 2}\n'),
-        ("stage1/gemma/metrics.jsonl", '{"step": 1, "lr": 0.1}\n'),
-        ("evaluate/stage3/run.json", "{}"),
-        ("evaluate/stage3/scores.json", '{"ensemble": {"log_loss": 0.9}}'),
+        ("stage1/gemma/preference.json", "[]"),
+        ("stage1/gemma/sequences.json", ""),
+        ("evaluate/stage3/run.json", '"x"'),
         ("evaluate/stage3/scores.json", "\x00"),
-        ("evaluate/stage3/probabilities.parquet", "PAR1"),
-        ("evaluate/stage3/calibration.json", '{"kept": null}'),
-        ("pseudo/ensemble/run.json", '{"status": "complete"}'),
-        ("bundle/verify.json", '{"passed": true, "checks": {"a": 1}}'),
-        ("summary.json", '{"stages": [1]}'),
+        ("evaluate/stage3/calibration.json", "null"),
+        ("pseudo/ensemble/run.json", "{'status': 1}"),
+        ("bundle/verify.json", "{"),
+        ("summary.json", "[1]"),
     ],
 )
 def test_a_broken_file_is_named(whole, tmp_path, file, text):
@@ -350,6 +347,14 @@ def test_a_broken_file_is_named(whole, tmp_path, file, text):
     assert str(artifacts / file) in called.stderr
     assert len(called.stderr.splitlines()) == 1
     assert not (artifacts / "report/report.html").exists()
+
+
+def test_names_of_groups_are_those_of_the_evaluation():
+    assert (report.ENSEMBLE, report.FITTED, report.PRIOR) == (
+        ensemble.ENSEMBLE,
+        ensemble.FITTED,
+        ensemble.PRIOR,
+    )
 
 
 def test_the_report_waits_for_no_torch():
