@@ -364,10 +364,9 @@ def lengths_section(trained: dict[str, list[dict]], output: Path) -> Section:
 def lineage_section(trained: dict[str, list[dict]], labellings: list[dict]) -> Section:
     """What was trained on what."""
     section, rows = Section("Lineage"), []
-    for one in labellings:
-        count = one["run"].get("metrics", {}).get("num_comparisons")
-        told = "not finished" if count is None else f"{count:,} comparisons"
-        section.text.append(f"Pseudo labels {one['name']}: {told}.")
+    counts = {one["name"]: one["run"].get("metrics", {}).get("num_comparisons") for one in labellings}
+    if counts := {name: count for name, count in counts.items() if count is not None}:
+        section.text.append(f"Comparisons with pseudo labels: {_listed(counts, '{} {:,}')}.")
     if not labellings:
         section.missing.append("There are no pseudo labels; make them with: just pseudo-label.")
     for run in (run for runs in trained.values() for run in runs):

@@ -224,7 +224,7 @@ def test_the_numbers_are_those_of_the_files(whole):
     assert "0.9876" in page.text and "0.8765" in page.text  # slices
     assert "8,642" in page.text and "77" in page.text and "0.9%" in page.text  # truncation
     assert "arena 4,321" in page.text and "elsewhere/stage2/gemma" in page.text  # lineage
-    assert "Pseudo labels ensemble: 99 comparisons." in page.text
+    assert "Comparisons with pseudo labels: ensemble 99." in page.text
     assert "did NOT pass" in page.text and "FAILED" in page.text and "12 files" in page.text  # bundle
 
 
