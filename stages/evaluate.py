@@ -31,9 +31,6 @@ from common.prompts import ORDERS, Order
 from common.runs import Run, find_complete
 from common.score.calibration import MIN_LABELLED, calibrate
 from common.score.ensemble import (
-    ENSEMBLE,
-    FITTED,
-    PRIOR,
     EnsembleOrder,
     contributed,
     group_keys,
@@ -45,6 +42,7 @@ from common.score.ensemble import (
     read_table,
     score_groups,
 )
+from common.score.metrics import ENSEMBLE, FITTED, PRIOR
 from common.score.predict import predict_orders
 from common.tokens import tokenise
 from common.train.launch import start

@@ -23,12 +23,11 @@ from common.data.table import LABELS, is_labelled
 from common.files import read_json, replacing
 from common.report import pictures
 from common.report.page import Section, render
+from common.score.metrics import ENSEMBLE, FITTED, PRIOR
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 STAGES = ("stage1", "stage2", "stage3")
 FILES = ("run", "preference", "sequences", "scores", "calibration", "manifest", "verify")
-ENSEMBLE, FITTED, PRIOR = "ensemble", "ensemble-fitted", "prior"
-"""As in common.score.ensemble, whose import takes seconds (torch); a test compares them."""
 COUNT, LOSS, GAIN = "{:,}", "{:.4f}", "{:+.4f}"
 INTERVAL, GAIN_INTERVAL = "{0[0]:.4f} to {0[1]:.4f}", "{0[0]:+.4f} to {0[1]:+.4f}"
 NO_EVALUATION = "There is no scored evaluation; make one with: just evaluate."

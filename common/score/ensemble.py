@@ -18,6 +18,9 @@ from common.data.table import LABELS, is_labelled, labels_array
 from common.prompts import ORDERS, Order
 from common.score.calibration import MIN_LABELLED, cross_fit_weights, pool
 from common.score.metrics import (
+    ENSEMBLE,
+    FITTED,
+    PRIOR,
     SUM_TOLERANCE,
     bootstrap_interval,
     per_row_log_loss,
@@ -26,9 +29,6 @@ from common.score.metrics import (
 )
 from common.score.predict import average
 
-ENSEMBLE = "ensemble"
-FITTED = "ensemble-fitted"
-PRIOR = "prior"
 NUM_MODEL_PAIRS = 10
 CLASSES = ("a", "b", "tie")
 TABLE_FORM = (

@@ -10,6 +10,8 @@ MIN_PROBABILITY = 1e-15
 """Probabilities are clipped here, so that a certain mistake costs 34.5 instead of infinity."""
 SUM_TOLERANCE = 1e-3
 NUM_BINS = 15
+ENSEMBLE, FITTED, PRIOR = "ensemble", "ensemble-fitted", "prior"
+"""What scores.json calls the given ensemble, the fitted one, and the constant answer; all else is a model's."""
 
 
 def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, object]:

@@ -16,8 +16,6 @@ from calling import call
 from helpers import ROOT
 
 from common.data.table import LABELS
-from common.score import ensemble
-from stages import report
 
 SECTIONS = (
     "Scores",
@@ -347,14 +345,6 @@ def test_a_broken_file_is_named(whole, tmp_path, file, text):
     assert str(artifacts / file) in called.stderr
     assert len(called.stderr.splitlines()) == 1
     assert not (artifacts / "report/report.html").exists()
-
-
-def test_names_of_groups_are_those_of_the_evaluation():
-    assert (report.ENSEMBLE, report.FITTED, report.PRIOR) == (
-        ensemble.ENSEMBLE,
-        ensemble.FITTED,
-        ensemble.PRIOR,
-    )
 
 
 def test_the_report_waits_for_no_torch():
