@@ -11,7 +11,7 @@ MIN_PROBABILITY = 1e-15
 SUM_TOLERANCE = 1e-3
 NUM_BINS = 15
 ENSEMBLE, FITTED, PRIOR = "ensemble", "ensemble-fitted", "prior"
-"""What scores.json calls the given ensemble, the fitted one, and the constant answer; all else is a model's."""
+"""What scores.json calls the given ensemble, the fitted one, and the constant answer."""
 
 
 def score(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, object]:
