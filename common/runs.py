@@ -65,6 +65,10 @@ class Run:
         is_complete = stored.get("status") == "complete" and stored.get("code") == code
         return cls(folder=folder, description=description, is_complete=is_complete)
 
+    def write(self, name: str, value: object) -> None:
+        """Writes a JSON file into the folder (first process only)."""
+        write_json(self.folder / name, value)
+
     def begin(self) -> None:
         """Writes run.json (first process only)."""
         write_json(self.folder / "run.json", {**self.description, "status": "started"})

@@ -1,6 +1,6 @@
 """Comparisons tokenised once, ahead of time, into memory-mapped Arrow: lengths are known before training."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import polars as pl
 import pyarrow as pa
+from accelerate import Accelerator
 
 from common.batching import FILLER_ROW, Sample
 from common.console import progress
@@ -111,8 +112,7 @@ def tokenise(
     orders: Orders,
     cache: Path,
     seed: int = 0,
-    is_writer: bool = True,
-    wait: Callable[[], None] = lambda: None,
+    accelerator: Accelerator | None = None,
 ) -> Sequences:
     """Every comparison in every format and order, read from the cache or tokenised into it.
 
@@ -122,8 +122,7 @@ def tokenise(
         orders: Orders in which the answers are shown, or "random": one of the two by a stable hash.
         seed: For "random".
         cache: Folder of caches, each in a subfolder named by the hash of data and prompt.
-        is_writer: Whether this process writes; the others call `wait` first and read.
-        wait: Barrier between writer and readers.
+        accelerator: Its first process writes, the others wait and read; None: this process is alone.
 
     Returns:
         Sequences in the order (source, id), format, order.
@@ -131,11 +130,12 @@ def tokenise(
     frame = frame.sort("source", "id")
     key = text_hash(table_hash(frame), prompter.prompt_hash, repr(tuple(formats)), repr(orders), str(seed))
     folder = cache / key[:20]
-    if is_writer and not (folder / "info.json").is_file():
+    if (accelerator is None or accelerator.is_main_process) and not (folder / "info.json").is_file():
         with replacing_folder(folder) as temporary:
             _write(temporary / "tokens.arrow", frame, prompter, formats, orders, seed)
             write_json(temporary / "info.json", {"key": key, **prompter.describe()})
-    wait()
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     dataset, columns = _read(folder, key, len(frame))
     return Sequences(
         frame=frame,

@@ -209,8 +209,7 @@ def predict_checkpoint(
         formats=(model.preference["formats"][0],),
         orders=args.orders,
         cache=args.execution.artifacts / "tokens",
-        is_writer=accelerator.is_main_process,
-        wait=accelerator.wait_for_everyone,
+        accelerator=accelerator,
     )
     return predict_orders(
         model,

@@ -100,8 +100,7 @@ def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerat
         formats=(model.preference["formats"][0],),
         orders=args.orders,
         cache=args.execution.artifacts / "tokens",
-        is_writer=accelerator.is_main_process,
-        wait=accelerator.wait_for_everyone,
+        accelerator=accelerator,
     )
     shards = range(0, len(sequences.frame), args.comparisons_per_shard)
     paths = [output / "shards" / f"{number:05d}.parquet" for number in range(len(shards))]

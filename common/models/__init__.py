@@ -1,6 +1,6 @@
 """Preference models on packed sequences: `load_model(path_or_short_name)`, `save_checkpoint(folder, ...)`."""
 
-from common.models.checkpoint import checkpoint_hash, load_model, save_checkpoint
+from common.models.checkpoint import checkpoint_hash, load_model, read_preference, save_checkpoint
 from common.models.preference import PreferenceModel, Surgery
 from common.models.zoo import find_checkpoint
 
@@ -10,5 +10,6 @@ __all__ = [
     "checkpoint_hash",
     "find_checkpoint",
     "load_model",
+    "read_preference",
     "save_checkpoint",
 ]

@@ -67,7 +67,7 @@ def load_model(
     """
     folder = find_checkpoint(path_or_short_name, weights=materialise)
     config = read_config(folder)
-    preference = _read_preference(folder)
+    preference = read_preference(folder)
     decoder = FAMILIES[config.model_type].read(config, dtype)
     asked = {"sliding_window": sliding_window, "softcap": softcap}
     decoder = replace(decoder, **_policy(decoder, preference, asked, config.model_type))
@@ -93,7 +93,8 @@ def load_model(
     return model
 
 
-def _read_preference(folder: Path) -> dict | None:
+def read_preference(folder: Path) -> dict | None:
+    """preference.json; None for a published backbone. ValueError where it is not whole."""
     path = folder / "preference.json"
     if not path.exists():
         return None

@@ -15,8 +15,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from common.console import say, show_table
 from common.data.held_out import unseen
 from common.data.table import LABELS, labels_array, table_hash, write_table
-from common.files import read_json, write_json
-from common.models import checkpoint_hash, find_checkpoint, load_model, save_checkpoint
+from common.models import (
+    checkpoint_hash,
+    find_checkpoint,
+    load_model,
+    read_preference,
+    save_checkpoint,
+)
 from common.prompts import Prompter, load_tokenizer, read_instruction
 from common.runs import Run
 from common.score.metrics import prior_log_loss, score
@@ -80,8 +85,7 @@ def open_parent(checkpoint: str, recipe: Recipe, *, instruction: Path | None, tr
         conversation_tokens=recipe.conversation_tokens,
         instruction=read_instruction(instruction),
     )
-    path = folder / "preference.json"
-    preference = read_json(path) if path.is_file() else None
+    preference = read_preference(folder)
     theirs = prompter.template_hash if preference is None else preference["prompt"]["template_hash"]
     if theirs != prompter.template_hash:
         raise ValueError(
@@ -129,17 +133,9 @@ def tokenise_for(
         formats=recipe.formats,
         orders=orders_of(recipe.swap),
         seed=recipe.seed,
-        **_cache(execution, accelerator),
+        cache=execution.artifacts / "tokens",
+        accelerator=accelerator,
     )
-
-
-def _cache(execution: Execution, accelerator: Accelerator) -> dict[str, object]:
-    """Where tokens lie, and which process writes them."""
-    return {
-        "cache": execution.artifacts / "tokens",
-        "is_writer": accelerator.is_main_process,
-        "wait": accelerator.wait_for_everyone,
-    }
 
 
 def describe(title: str, recipe: Recipe, table: Recipe, sequences: Sequences, num_processes: int) -> None:
@@ -195,7 +191,7 @@ def begin(run: Run, sequences: Sequences, recipe: Recipe, accelerator: Accelerat
             "length_edges": edges.tolist(),
             "length_counts": counts.tolist(),
         }
-        write_json(run.folder / "sequences.json", summary)
+        run.write("sequences.json", summary)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("tracker")
 
@@ -232,7 +228,8 @@ def score_held_out(
         formats=recipe.formats[:1],
         orders=("given",),
         seed=recipe.seed,
-        **_cache(execution, accelerator),
+        cache=execution.artifacts / "tokens",
+        accelerator=accelerator,
     )
     given = predict_orders(
         model,
@@ -269,7 +266,8 @@ def save(
     trained_on: pl.Series,
 ) -> None:
     """Writes the checkpoint, what it was trained on and where it comes from, and ends the run."""
-    weights = full_state_dict(model)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)  # empty but on the first process, under FSDP
     if accelerator.is_main_process:
         write_table(trained_on.to_frame(), run.folder / "trained_on.parquet")
         described = run.description
@@ -299,8 +297,3 @@ def save(
         run.finish(metrics)
         say(f"{run.folder} is complete")
     accelerator.end_training()
-
-
-def full_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Whole tensors on the CPU of the first process; the others get an empty dict under FSDP."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
