@@ -46,6 +46,20 @@ check: setup
     {{python}} -m ruff check .
     {{python}} -m ruff format --check .
 
+# Lines of code outside tests; docstrings, comments and blank lines do not count
+lines:
+    #!/usr/bin/env python3
+    import ast, io, subprocess, tokenize
+    total, thin = 0, (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    for path in subprocess.run(["git", "ls-files", "*.py", ":!tests"], capture_output=True, text=True).stdout.split():
+        text = open(path, encoding="utf-8").read()
+        bodies = [node.body for node in ast.walk(ast.parse(text)) if isinstance(getattr(node, "body", None), list)]
+        alone = [one for body in bodies for one in body if isinstance(one, ast.Expr) and isinstance(getattr(one.value, "value", None), str)]
+        docs = {line for one in alone for line in range(one.lineno, one.end_lineno + 1)}
+        tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type not in thin]
+        total += len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - docs)
+    print(f"{total:,} lines of code")
+
 # Repair what lint and formatting can
 fix: setup
     {{python}} -m ruff check --fix .
