@@ -1,12 +1,76 @@
-"""What is also served on Kaggle must run with what is installed there."""
+"""Imports point one way, as the design lists the rooms; what Kaggle serves needs only what is there."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, make_checkpoint
 
 from bundle import LIBRARIES, SERVED
+
+FLOORS = (  # a room may import those of the floors above it, and those that stand before it on its own
+    ("files", "console", "batching", "runs"),
+    ("ops",),
+    ("models",),
+    ("data",),
+    ("prompts", "tokens", "trained"),
+    ("score",),
+    ("train",),
+    ("report",),
+)
+MAX_ARROWS = 29
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of common/ that a file names in an import, wherever it stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.startswith("common.")}
+
+
+def arrows() -> dict[tuple[str, str], list[str]]:
+    """(room, room that it imports) -> the files that do so."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted((ROOT / "common").rglob("*.py")):
+        room = path.relative_to(ROOT / "common").parts[0].removesuffix(".py")
+        for other in {name.split(".")[1] for name in imports(path)} - {room}:
+            found.setdefault((room, other), []).append(path.name)
+    return found
+
+
+def test_rooms_import_only_what_stands_above_them_in_the_design():
+    places = {room: place for place, room in enumerate(room for floor in FLOORS for room in floor)}
+    entries = {path.name.removesuffix(".py") for path in (ROOT / "common").iterdir()}
+    assert entries - {"__init__", "__pycache__"} == set(places)
+    wrong = {pair: files for pair, files in arrows().items() if places[pair[1]] >= places[pair[0]]}
+    assert not wrong
+    assert len(arrows()) <= MAX_ARROWS, sorted(arrows())
+
+
+def test_modules_form_no_circle():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "common").rglob("*.py")
+    }
+    left = {name: imports(path) & set(modules) - {name} for name, path in modules.items()}
+    while free := {name for name, others in left.items() if not others & set(left)}:
+        left = {name: others for name, others in left.items() if name not in free}
+    assert not left
+
+
+def test_scripts_are_imported_by_no_room():
+    for path in (ROOT / "common").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not any(f"from {folder}" in text for folder in ("stages", "data_prep", "kaggle", "tests")), (
+            path
+        )
+
 
 ABSENT = (
     "accelerate",
