@@ -3,11 +3,14 @@
 run.json        recipe, inputs (hashes), status
 metrics.jsonl   one line a logged step
 state/step-N/   sharded training state, in PyTorch's own format (read back from here only)
+
+And single files that say the same of themselves: x.parquet, made of what x.manifest.json says beside it.
 """
 
 import json
 import shutil
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from common.files import read_json, replacing, write_json
+from common.console import say
+from common.files import file_hash, read_json, replacing, text_hash, write_json
 
 # A single process saving alone is what is meant, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -150,11 +154,149 @@ class Run:
             ) from error
 
 
-def _first_difference(stored: dict, ours: dict) -> tuple[str, object, object] | None:
-    """The first field of recipe or inputs that differs: its name and both values."""
-    for part in ("recipe", "inputs"):
+def _first_difference(
+    stored: Mapping, ours: Mapping, parts: Sequence[str] = ("recipe", "inputs")
+) -> tuple[str, object, object] | None:
+    """The first field of recipe or inputs (or other parts) that differs: its name and both values."""
+    for part in parts:
         theirs, mine = stored.get(part, {}), ours[part]
         for field in sorted({*theirs, *mine} - EXECUTION_FIELDS):
             if theirs.get(field) != mine.get(field):
                 return f"{part}.{field}", theirs.get(field), mine.get(field)
     return None
+
+
+CODE = (".py", ".ipynb", ".j2")
+"""What a folder of code consists of; nothing else in it changes a result."""
+
+
+def code_hash(*paths: Path) -> str:
+    """sha256 of source files, whatever folder the repository lies in.
+
+    Args:
+        paths: Files, and folders, which stand for all Python, notebooks and templates below them.
+    """
+    lines = []
+    for path in paths:
+        files = sorted(one for one in path.rglob("*") if one.suffix in CODE) if path.is_dir() else [path]
+        lines += [f"{file.relative_to(path.parent).as_posix()} {file_hash(file)}" for file in files]
+    return text_hash(*lines)
+
+
+def manifest_path(output: Path) -> Path:
+    """data/x.parquet -> data/x.manifest.json"""
+    return output.with_suffix(".manifest.json")
+
+
+def write_manifest(
+    output: Path, temporary: Path, content: Mapping[str, object], *, beside: Path | None = None
+) -> None:
+    """Says beside a file what it was made from, before that file takes its name.
+
+    It names the old file too: killed in between, the next run knows what it sees.
+
+    Args:
+        output: The file.
+        temporary: Where it lies until then, whole.
+        content: `inputs` (a list, each with a name and a sha256), `parameters`, `code_sha256`, and more.
+        beside: A file that was written with it.
+    """
+    hashes = {
+        "output_sha256": file_hash(temporary),
+        "replaces_sha256": _hash_if_there(output),
+        "beside_sha256": beside and file_hash(beside),
+    }
+    write_json(manifest_path(output), {**content, **hashes})
+
+
+def is_up_to_date(
+    output: Path,
+    wanted: Mapping[str, object],
+    *,
+    inputs: Sequence[Path],
+    beside: Path,
+    objection: Callable[[Mapping], str | None],
+    overwrite: bool,
+) -> bool:
+    """Whether a file is there and made of just this, and says so; of inputs the bytes count, not the names.
+
+    Args:
+        output: The file.
+        wanted: `inputs`, `parameters` and `code_sha256`, as of `write_manifest`.
+        inputs: Where the inputs lie; none may be replaced.
+        beside: The file that may have been written with it.
+        objection: What else speaks against keeping it, of its manifest; any error means that it is none.
+        overwrite: Replace what was made of something else.
+
+    Raises:
+        ValueError: It, its manifest or the one beside it is an input or a folder. Or, unless `overwrite`: it
+            is there, made of something else or by hand, or there is an objection; or it is not there, and
+            files of others have the names of those beside it.
+    """
+    for path in (output, manifest_path(output), beside):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, expected a file to write; name another --output")
+        if path.resolve() in {one.resolve() for one in inputs}:
+            raise ValueError(f"{path} is an input and would be replaced; name another --output")
+    found = _read_manifest(manifest_path(output), objection)
+    is_there, reason = output.exists(), None
+    if is_there:
+        reason = _why_not(output, found, wanted)
+    elif found is None and (others := [path for path in (manifest_path(output), beside) if path.exists()]):
+        reason = f"{others[0]} is there, but no {output} that it belongs to"
+    if reason is not None and not overwrite:
+        raise ValueError(f"{reason}; pass --overwrite to replace it, or another --output")
+    if not is_there:
+        return False
+    if reason is None:
+        if found["code"] != wanted["code_sha256"]:
+            reason = f"{output} was made by other code"
+        elif found["output"] != file_hash(output):
+            reason = f"{output}: writing it was interrupted"
+        elif found["beside"] != _hash_if_there(beside):
+            reason = f"{beside} is not what was written with {output}"
+    say(f"{output} is up to date" if reason is None else f"{reason}: making it again")
+    return reason is None
+
+
+def _read_manifest(path: Path, objection: Callable[[Mapping], str | None]) -> dict | None:
+    """A manifest with the `objection` to it; None where there is none, or something else of that name."""
+    try:
+        found = read_json(path)
+        return {
+            "parameters": dict(found["parameters"]),
+            "inputs": _hashes(found),
+            "objection": objection(found),
+            **{key: found.get(f"{key}_sha256") for key in ("code", "output", "replaces", "beside")},
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _why_not(output: Path, found: dict | None, wanted: Mapping[str, object]) -> str | None:
+    """Why a file must not be replaced unasked; None where only the code differs, or a run did not end."""
+    if found is None:
+        path = manifest_path(output)
+        return f"{output} is there, but {path} is not or cannot be read, so what it was made of is not known"
+    if file_hash(output) not in (found["output"], found["replaces"]):
+        return f"{output} was changed after it was made"
+    if found["inputs"] != _hashes(wanted):
+        return f"{output} was made from other files than {', '.join(one['name'] for one in wanted['inputs'])}"
+    if differs := _first_difference(found, wanted, ("parameters",)):
+        name = differs[0].removeprefix("parameters.")
+        then, now = map(_shown, differs[1:])
+        return f"{output} was made with {name} {then}; here it is {name} {now}"
+    return found["objection"]
+
+
+def _hashes(manifest: Mapping) -> list[str]:
+    return sorted(one["sha256"] for one in manifest["inputs"])
+
+
+def _hash_if_there(path: Path) -> str | None:
+    return file_hash(path) if path.is_file() else None
+
+
+def _shown(value: object) -> object:
+    """A parameter for a message; of hashes the first digits."""
+    return (", ".join(str(one)[:12] for one in value) or "none") if isinstance(value, list) else value

@@ -16,11 +16,10 @@ import numpy as np
 import polars as pl
 
 from common.console import cli, say
-from common.data.sources.exclude import exclude_hashes, without_prompts
-from common.data.sources.frames import fetch
+from common.data.made import check_output, exclude_hashes, is_made, made_of, without_prompts, write_made
+from common.data.sources.find import fetch
 from common.data.sources.votes import open_competition, read_competition
 from common.data.table import LABELS, is_labelled, labels_array
-from common.data_manifest import check_output, is_made, made_of, write_made
 
 SOURCE = "arena55k"
 MAX_FOLDS = 127
@@ -64,7 +63,7 @@ def main(args: Args) -> None:
             "scikit_learn": version("scikit-learn") if args.folds else None,
             "exclude": exclude_hashes(args.exclude),
         }
-        wanted = made_of(files, parameters, [Path(__file__)])
+        wanted = made_of(files, parameters, Path(__file__))
         if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         raw = open_competition(files, args.source, Path(folder))

@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -30,11 +31,10 @@ from common.data.chats import (
     user_turns,
     without_system,
 )
-from common.data.sources.exclude import exclude_hashes, without_prompts
-from common.data.sources.find import PREFERENCE_SETS, find_raw
-from common.data.sources.frames import PLACES, Raw, RawFile, check_raw, fetch, merge, open_file, reading
-from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.data_manifest import check_output, is_made, made_of, write_made
+from common.data.made import check_output, exclude_hashes, is_made, made_of, without_prompts, write_made
+from common.data.sources import PLACES, Raw, check_raw, open_raw
+from common.data.sources.find import PREFERENCE_SETS, RawFile, fetch, find_raw
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport, reading
 
 SCHEMA_IN = {
     "chosen": MESSAGES,
@@ -79,7 +79,7 @@ def main(args: Args) -> None:
             "sources": sorted([source, str(file.description["sha256"])] for source, file in sets),
             "exclude": exclude_hashes(args.exclude),
         }
-        wanted = made_of(files, parameters, [Path(__file__)])
+        wanted = made_of(files, parameters, Path(__file__))
         if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         raw = open_sets(sets, Path(folder))
@@ -137,8 +137,7 @@ def open_sets(sets: Sequence[tuple[str, RawFile]], scratch: Path) -> Raw:
     Raises:
         ValueError: A file cannot be read, or lacks a column or has it in another type.
     """
-    raws = [open_file(file, SCHEMA_IN, scratch / f"set-{i}.parquet") for i, (_, file) in enumerate(sets)]
-    return merge(raws, [_compared(raw.frame, source) for raw, (source, _) in zip(raws, sets, strict=True)])
+    return open_raw([(file, SCHEMA_IN, partial(_compared, source=source)) for source, file in sets], scratch)
 
 
 def read_sets(
@@ -158,7 +157,7 @@ def read_sets(
     Raises:
         ValueError: A file is broken; there is no row; a row is bad, or no row is good.
     """
-    with reading(raw.names):
+    with reading(*raw.names):
         rows = raw.frame.collect()
     unusable = _unusable(rows)
     rest = rows.filter(pl.col("left_out").is_null() & pl.col("is_usable"))

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.data.sources.frames import fetch
+from common.data.sources.find import fetch
 from common.data.sources.votes import open_competition, read_competition
 from common.data.table import SCHEMA
 from data_prep.demo_arena import (

@@ -6,9 +6,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from common.data.sources.frames import fetch
+from common.data.made import is_made, made_of, write_made
+from common.data.sources.find import fetch
 from common.data.table import REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.data_manifest import is_made, made_of, manifest_path, write_made
+from common.runs import manifest_path
 
 TABLE = pl.DataFrame(
     [["1", "s", None, None, ["p"], ["a"], ["b"], 1.0, 0.0, 0.0, None]], schema=SCHEMA, orient="row"
@@ -25,7 +26,7 @@ NO_MANIFESTS = {
 
 def wanted(folder: Path, text: str = "raw", **parameters: object) -> dict:
     (folder / "raw.csv").write_text(text)
-    return made_of(fetch([str(folder / "raw.csv")], folder), parameters, [Path(__file__)])
+    return made_of(fetch([str(folder / "raw.csv")], folder), parameters, Path(__file__))
 
 
 def written(folder: Path, rejected: int = 0) -> Path:

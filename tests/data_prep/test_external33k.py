@@ -13,7 +13,7 @@ from helpers import key_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.sources.frames import fetch
+from common.data.sources.find import fetch
 from common.data.table import LABELS, SCHEMA, read_comparisons
 from common.data.votes_csv import LONE_SURROGATE
 from data_prep import external33k

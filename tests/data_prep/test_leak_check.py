@@ -14,8 +14,8 @@ from helpers import read_competition_file, run_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.data.made import without_prompts
 from common.data.near_duplicates import PAIRS_PER_CHUNK, jaccard, near_pairs, rows_per_band, shingles
-from common.data.sources.exclude import without_prompts
 from common.data.sources.find import find_tables
 from common.data.table import SCHEMA, read_comparisons, swap, write_comparisons
 from data_prep.competition import with_folds

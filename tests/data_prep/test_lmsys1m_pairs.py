@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.chats import MESSAGES, NOT_ALTERNATING
-from common.data.sources.exclude import EXCLUDED, prompt_keys
-from common.data.sources.frames import Raw
+from common.data.made import EXCLUDED, JOINED, prompt_keys
+from common.data.sources import Raw
 from common.data.table import REJECTED_SCHEMA, SCHEMA, content_hashes, read_comparisons, write_comparisons
-from common.data_manifest import JOINED, manifest_path
 from common.files import read_json
+from common.runs import manifest_path
 from data_prep import lmsys1m_pairs
 from data_prep.lmsys1m_pairs import INPUT_SCHEMA, Args, choose_pairs, gather, main, read_light
 
@@ -53,9 +53,9 @@ def as_raw(rows: list[tuple], num_files: int = 1) -> Raw:
     return Raw(
         frame=pl.concat(placed),
         rejected=pl.DataFrame(schema=REJECTED_SCHEMA),
-        num_repaired=0,
         names=tuple(f"{i}.parquet" for i in range(num_files)),
-        row_units=frozenset({"row"}),
+        row_unit="row",
+        notes={},
     )
 
 
