@@ -10,7 +10,7 @@ And single files that say the same of themselves: x.parquet, made of what x.mani
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,8 +188,13 @@ def manifest_path(output: Path) -> Path:
     return output.with_suffix(".manifest.json")
 
 
+def rejected_path(output: Path) -> Path:
+    """data/x.parquet -> data/x.rejected.parquet"""
+    return output.with_suffix(".rejected.parquet")
+
+
 def write_manifest(
-    output: Path, temporary: Path, content: Mapping[str, object], *, beside: Path | None = None
+    output: Path, temporary: Path, content: Mapping[str, object], *, num_rejected: int = 0
 ) -> None:
     """Says beside a file what it was made from, before that file takes its name.
 
@@ -199,94 +204,90 @@ def write_manifest(
         output: The file.
         temporary: Where it lies until then, whole.
         content: `inputs` (a list, each with a name and a sha256), `parameters`, `code_sha256`, and more.
-        beside: A file that was written with it.
+        num_rejected: Bad rows of the inputs that were left out; they are listed in `rejected_path(output)`.
     """
-    hashes = {
+    ours = {
+        "num_rejected": num_rejected,
         "output_sha256": file_hash(temporary),
         "replaces_sha256": _hash_if_there(output),
-        "beside_sha256": beside and file_hash(beside),
+        "rejected_sha256": _hash_if_there(rejected_path(output)) if num_rejected else None,
     }
-    write_json(manifest_path(output), {**content, **hashes})
+    write_json(manifest_path(output), {**content, **ours})
 
 
-def is_up_to_date(
-    output: Path,
-    wanted: Mapping[str, object],
-    *,
-    inputs: Sequence[Path],
-    beside: Path,
-    objection: Callable[[Mapping], str | None],
-    overwrite: bool,
+def is_made(
+    output: Path, wanted: Mapping[str, object], *, overwrite: bool = False, skip_bad_rows: bool = False
 ) -> bool:
     """Whether a file is there and made of just this, and says so; of inputs the bytes count, not the names.
 
     Args:
         output: The file.
         wanted: `inputs`, `parameters` and `code_sha256`, as of `write_manifest`.
-        inputs: Where the inputs lie; none may be replaced.
-        beside: The file that may have been written with it.
-        objection: What else speaks against keeping it, of its manifest; any error means that it is none.
         overwrite: Replace what was made of something else.
+        skip_bad_rows: Bad rows may have been left out.
 
     Raises:
-        ValueError: It, its manifest or the one beside it is an input or a folder. Or, unless `overwrite`: it
-            is there, made of something else or by hand, or there is an objection; or it is not there, and
-            files of others have the names of those beside it.
+        ValueError: It, its manifest or its list of rejected rows is an input or a folder. Or, unless
+            `overwrite`: it is there, made of something else or by hand, or without rows that are bad and may
+            not be skipped now; or it is not there, and files of others have the names of those beside it.
     """
-    for path in (output, manifest_path(output), beside):
+    beside = (manifest_path(output), rejected_path(output))
+    inputs = {Path(one["name"]).resolve() for one in wanted["inputs"]}
+    for path in (output, *beside):
         if path.is_dir():
             raise ValueError(f"{path} is a folder, expected a file to write; name another --output")
-        if path.resolve() in {one.resolve() for one in inputs}:
+        if path.resolve() in inputs:
             raise ValueError(f"{path} is an input and would be replaced; name another --output")
-    found = _read_manifest(manifest_path(output), objection)
-    is_there, reason = output.exists(), None
-    if is_there:
-        reason = _why_not(output, found, wanted)
-    elif found is None and (others := [path for path in (manifest_path(output), beside) if path.exists()]):
-        reason = f"{others[0]} is there, but no {output} that it belongs to"
-    if reason is not None and not overwrite:
+    found = _read_manifest(manifest_path(output))
+    reason, is_ours = None, True
+    if output.exists():
+        reason, is_ours = _difference(output, found, wanted, skip_bad_rows)
+    elif found is None and (others := [path for path in beside if path.exists()]):
+        reason, is_ours = f"{others[0]} is there, but no {output} that it belongs to", False
+    if not is_ours and not overwrite:
         raise ValueError(f"{reason}; pass --overwrite to replace it, or another --output")
-    if not is_there:
+    if not output.exists():
         return False
-    if reason is None:
-        if found["code"] != wanted["code_sha256"]:
-            reason = f"{output} was made by other code"
-        elif found["output"] != file_hash(output):
-            reason = f"{output}: writing it was interrupted"
-        elif found["beside"] != _hash_if_there(beside):
-            reason = f"{beside} is not what was written with {output}"
     say(f"{output} is up to date" if reason is None else f"{reason}: making it again")
     return reason is None
 
 
-def _read_manifest(path: Path, objection: Callable[[Mapping], str | None]) -> dict | None:
-    """A manifest with the `objection` to it; None where there is none, or something else of that name."""
+def _read_manifest(path: Path) -> dict | None:
+    """A manifest; None where there is none, or something else of that name."""
     try:
         found = read_json(path)
-        return {
-            "parameters": dict(found["parameters"]),
-            "inputs": _hashes(found),
-            "objection": objection(found),
-            **{key: found.get(f"{key}_sha256") for key in ("code", "output", "replaces", "beside")},
-        }
-    except (ValueError, LookupError, TypeError, AttributeError):
+        parts = {"parameters": dict(found["parameters"]), "output_sha256": str(found["output_sha256"])}
+        return {**found, **parts, "hashes": _hashes(found)}
+    except (ValueError, LookupError, TypeError):
         return None
 
 
-def _why_not(output: Path, found: dict | None, wanted: Mapping[str, object]) -> str | None:
-    """Why a file must not be replaced unasked; None where only the code differs, or a run did not end."""
+def _difference(
+    output: Path, found: dict | None, wanted: Mapping[str, object], skip_bad_rows: bool
+) -> tuple[str | None, bool]:
+    """What differs from what is wanted, and whether the file may be replaced unasked."""
     if found is None:
-        path = manifest_path(output)
-        return f"{output} is there, but {path} is not or cannot be read, so what it was made of is not known"
-    if file_hash(output) not in (found["output"], found["replaces"]):
-        return f"{output} was changed after it was made"
-    if found["inputs"] != _hashes(wanted):
-        return f"{output} was made from other files than {', '.join(one['name'] for one in wanted['inputs'])}"
+        where = f"{output} is there, but {manifest_path(output)} is not or cannot be read"
+        return f"{where}, so what it was made of is not known", False
+    output_sha256 = file_hash(output)
+    if output_sha256 not in (found["output_sha256"], found.get("replaces_sha256")):
+        return f"{output} was changed after it was made", False
+    if found["hashes"] != _hashes(wanted):
+        names = ", ".join(one["name"] for one in wanted["inputs"])
+        return f"{output} was made from other files than {names}", False
     if differs := _first_difference(found, wanted, ("parameters",)):
         name = differs[0].removeprefix("parameters.")
         then, now = map(_shown, differs[1:])
-        return f"{output} was made with {name} {then}; here it is {name} {now}"
-    return found["objection"]
+        return f"{output} was made with {name} {then}; here it is {name} {now}", False
+    if not skip_bad_rows and (num_rejected := found.get("num_rejected")):
+        return f"{output} was made without {num_rejected:,} bad rows; pass --skip-bad-rows to keep it", False
+    if found.get("code_sha256") != wanted["code_sha256"]:
+        return f"{output} was made by other code", True
+    if found["output_sha256"] != output_sha256:
+        return f"{output}: writing it was interrupted", True
+    if found.get("rejected_sha256") != _hash_if_there(rejected_path(output)):
+        return f"{rejected_path(output)} is not what was written with {output}", True
+    return None, True
 
 
 def _hashes(manifest: Mapping) -> list[str]:

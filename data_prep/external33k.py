@@ -9,7 +9,7 @@ Run   python data_prep/external33k.py --exclude artifacts/data/arena55k.parquet
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -23,11 +23,12 @@ from common.data.chats import (
     stable_key,
     user_turns,
 )
-from common.data.made import check_output, exclude_hashes, is_made, made_of, without_prompts, write_made
+from common.data.made import check_output, made_of, without_prompts, write_made
 from common.data.sources import Raw, check_raw, column_names, open_raw
 from common.data.sources.find import RawFile, fetch, find_raw
 from common.data.sources.votes import COLUMNS, MODELS, id_order, to_comparisons
 from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, reading
+from common.runs import is_made
 
 SOURCE = "arena33k"
 DEDUPLICATED = COLUMNS | dict.fromkeys(LABELS, pl.Float64())
@@ -68,8 +69,8 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         published = find_raw(Path("data"), "lmsys-33k-deduplicated", "chatbot_arena_conversations")
         files = fetch(args.input or (str(published or "data/lmsys-33k-deduplicated.csv"),), Path(folder))
-        wanted = made_of(files, {"exclude": exclude_hashes(args.exclude)}, Path(__file__))
-        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        wanted = made_of(files, {}, args.exclude, script=__file__)
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         frame, report, dropped = read_votes(open_votes(files, Path(folder)), skip_bad_rows=args.skip_bad_rows)
     kept = first_of_each_prompt(frame)
@@ -129,13 +130,8 @@ def read_votes(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, 
     dropped = {r: int((votes["left_out"] == r).sum()) for r in (NOT_ALTERNATING, OTHER_USER_TURNS)}
     incomplete = _incomplete(votes)
     rest = votes.filter(pl.col("left_out").is_null() & pl.col("has_vote") & pl.col("has_chats"))
-    if sum(dropped.values()) and rest.is_empty() and raw.rejected.is_empty() and incomplete.is_empty():
-        raise ValueError(
-            f"none of the {len(votes):,} votes can be compared: {dropped}; is this the right file?"
-        )
-    frame, report = check_raw(raw, rest, rejected=incomplete, skip_bad_rows=skip_bad_rows)
-    num_read = report.num_read + sum(dropped.values())
-    return frame.select(SCHEMA.names()), replace(report, num_read=num_read), dropped
+    frame, report = check_raw(raw, rest, rejected=[incomplete], dropped=dropped, skip_bad_rows=skip_bad_rows)
+    return frame.select(SCHEMA.names()), report, dropped
 
 
 def first_of_each_prompt(frame: pl.DataFrame) -> pl.DataFrame:

@@ -28,19 +28,11 @@ from common.data.chats import (
     stable_key,
     user_turns,
 )
-from common.data.made import (
-    EXCLUDED,
-    JOINED,
-    check_output,
-    exclude_hashes,
-    is_made,
-    made_of,
-    prompt_keys,
-    write_made,
-)
+from common.data.made import EXCLUDED, JOINED, check_output, made_of, prompt_keys, write_made
 from common.data.sources import Raw, open_raw
 from common.data.sources.find import fetch, find_raw
 from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, check_report, reading
+from common.runs import is_made
 
 SOURCE = "lmsys1m"
 HUB_ID = "lmsys/lmsys-chat-1m"
@@ -76,9 +68,8 @@ def main(args: Args) -> None:
     names = args.input or (str(find_raw(Path("data"), "lmsys-chat-1m") or HUB_ID),)
     with TemporaryDirectory(prefix="lmsys1m-") as scratch:
         files = fetch(names, Path(scratch))
-        parameters = {"seed": args.seed, "exclude": exclude_hashes(args.exclude)}
-        wanted = made_of(files, parameters, Path(__file__))
-        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        wanted = made_of(files, {"seed": args.seed}, args.exclude, script=__file__)
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         raw = open_raw([(file, INPUT_SCHEMA, pl.LazyFrame.lazy) for file in files], Path(scratch))
         with reading(*names):

@@ -23,22 +23,12 @@ from common.data.table import (
     writing_table,
 )
 from common.files import file_hash
-from common.runs import code_hash, is_up_to_date, write_manifest
+from common.runs import code_hash, rejected_path, write_manifest
 
 EXCLUDED = "prompt stands in --exclude"
 """Why a row is left out."""
 JOINED = "joined to its partner"
 """What became of a row that is the second half of a comparison: among the dropped, though not lost."""
-
-
-def exclude_hashes(paths: Sequence[Path]) -> list[str]:
-    """sha256 of each comparison table, for a manifest; ValueError where one is not there."""
-    for path in paths:
-        if not path.is_file():
-            raise ValueError(
-                f"--exclude {path} is not a file; expected a comparison Parquet (just prep makes them)"
-            )
-    return sorted(map(file_hash, paths))
 
 
 def prompt_keys(paths: Sequence[Path]) -> pl.Series:
@@ -74,55 +64,30 @@ def check_output(output: Path) -> None:
         raise ValueError(f"--output is {output}; expected a name that ends in .parquet")
 
 
-def rejected_path(output: Path) -> Path:
-    """data/x.parquet -> data/x.rejected.parquet"""
-    return output.with_suffix(".rejected.parquet")
-
-
-def made_of(files: Sequence[RawFile], parameters: Mapping[str, object], script: Path) -> dict[str, object]:
+def made_of(
+    files: Sequence[RawFile], parameters: Mapping[str, object], exclude: Sequence[Path], *, script: str
+) -> dict[str, object]:
     """What decides a table's content, JSON values only.
 
     Args:
         files: What it is made from.
         parameters: Flags that change the result.
-        script: What makes it; its change makes the table out of date, and that of `common.data`.
-    """
-    return {
-        "inputs": [file.description for file in files],
-        "parameters": dict(parameters),
-        "code_sha256": code_hash(script, Path(__file__).parent),
-    }
-
-
-def is_made(
-    output: Path,
-    files: Sequence[RawFile],
-    wanted: Mapping[str, object],
-    *,
-    overwrite: bool,
-    skip_bad_rows: bool,
-) -> bool:
-    """Whether a table is there and made of just this, and says so.
+        exclude: Comparison tables whose prompts are left out.
+        script: What makes it; its change makes the table out of date, and so does that of `common.data`.
 
     Raises:
-        ValueError: As of `is_up_to_date`; or, unless `overwrite`, it was made without rows that are bad and
-            may not be skipped now.
+        ValueError: A table of `exclude` is not there.
     """
-
-    def objection(manifest: Mapping) -> str | None:
-        num_rejected = sum(manifest["counts"]["rejected"].values())
-        if not num_rejected or skip_bad_rows:
-            return None
-        return f"{output} was made without {num_rejected:,} bad rows; pass --skip-bad-rows to keep it"
-
-    return is_up_to_date(
-        output,
-        wanted,
-        inputs=[file.path for file in files],
-        beside=rejected_path(output),
-        objection=objection,
-        overwrite=overwrite,
-    )
+    for path in exclude:
+        if not path.is_file():
+            raise ValueError(
+                f"--exclude {path} is not a file; expected a comparison Parquet (just prep makes them)"
+            )
+    return {
+        "inputs": [file.description for file in files],
+        "parameters": {**parameters, "exclude": sorted(map(file_hash, exclude))},
+        "code_sha256": code_hash(Path(script), Path(__file__).parent),
+    }
 
 
 def write_made(
@@ -156,7 +121,7 @@ def write_made(
     with writing_table(frame, output) as temporary:
         if len(rejected):
             write_table(rejected, side)
-        write_manifest(output, temporary, {**wanted, **found}, beside=side if len(rejected) else None)
+        write_manifest(output, temporary, {**wanted, **found}, num_rejected=len(rejected))
     if rejected.is_empty():
         side.unlink(missing_ok=True)
     show_counts(output, counts, report.notes)

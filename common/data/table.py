@@ -286,7 +286,7 @@ def check_report(report: ReadReport, *, skip_bad_rows: bool, kind: str = "compar
     """The report with its bad rows in the order of the files; `kind` is what a row of the files is.
 
     Raises:
-        ValueError: There is no row, none is good, or (without `skip_bad_rows`) one is bad: it lists the first.
+        ValueError: There is no row, none is good, or (without `skip_bad_rows`) one is bad; it lists ten.
     """
     files = ", ".join(map(str, report.paths))
     if not report.num_read:
@@ -338,30 +338,26 @@ def _check_schema(frame: pl.DataFrame, path: Path | str) -> pl.DataFrame:
 
 def _bad_rows(frame: pl.DataFrame, places: pl.DataFrame, row_unit: str) -> pl.DataFrame:
     """`REJECTED_SCHEMA` and `index` (the row of `frame`) of each bad row, first reason that holds."""
-    columns = ["index", *REJECTED_SCHEMA.names()]
-    rows = pl.concat([frame.select(SCHEMA.names()).with_row_index("index"), places], how="horizontal")
+    rows = pl.concat([frame.select(SCHEMA.names()).with_row_index("index"), places], how="horizontal").lazy()
+    checks = _row_checks()
+    is_faulty = pl.any_horizontal(bad for _, bad, _ in checks).fill_null(False)
+    place = ("index", "file", "row", "id")
+    first = pl.col("index", "file", "row").first().over("source", "id").name.prefix("first_")
+    repeated = rows.filter(~is_faulty).select(*place, "source").with_columns(first)
+    found = pl.format(f"source {{}} has it in {{}} {row_unit} {{}} too", "source", "first_file", "first_row")
     # rechunk: `pl.format` of polars 2.1 panics where a file (a chunk) has no row left
-    faulty = rows.filter(pl.any_horizontal(bad for _, bad, _ in _row_checks())).rechunk()
-    faulty = faulty.select(
-        pl.col("index", "file", "row", "id"),
-        reason=pl.coalesce(pl.when(bad).then(pl.lit(reason)) for reason, bad, _ in _row_checks()),
-        detail=pl.coalesce(pl.when(bad).then(detail) for _, bad, detail in _row_checks()),
-    )
-    key = ("source", "id")
-    repeated = (
-        rows.select("index", "file", "row", *key)
-        .filter(~pl.col("index").is_in(faulty["index"].implode()))
-        .with_columns(pl.col("index", "file", "row").first().over(key).name.prefix("first_"))
-        .filter(pl.col("index") != pl.col("first_index"))
-        .rechunk()
-        .with_columns(
-            reason=pl.lit("repeated key"),
-            detail=pl.format(
-                f"source {{}} has it in {{}} {row_unit} {{}} too", "source", "first_file", "first_row"
+    faulty = rows.filter(is_faulty).collect().rechunk()
+    repeated = repeated.filter(pl.col("index") != pl.col("first_index")).collect().rechunk()
+    return pl.concat(
+        [
+            faulty.select(
+                *place,
+                reason=pl.coalesce(pl.when(bad).then(pl.lit(reason)) for reason, bad, _ in checks),
+                detail=pl.coalesce(pl.when(bad).then(detail) for _, bad, detail in checks),
             ),
-        )
+            repeated.select(*place, reason=pl.lit("repeated key"), detail=found),
+        ]
     )
-    return pl.concat([faulty, repeated.select(columns)])
 
 
 def _row_checks() -> list[tuple[str, pl.Expr, pl.Expr]]:

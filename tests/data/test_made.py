@@ -6,10 +6,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from common.data.made import is_made, made_of, write_made
+from common.data.made import made_of, write_made
 from common.data.sources.find import fetch
 from common.data.table import REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.runs import manifest_path
+from common.runs import is_made, manifest_path
 
 TABLE = pl.DataFrame(
     [["1", "s", None, None, ["p"], ["a"], ["b"], 1.0, 0.0, 0.0, None]], schema=SCHEMA, orient="row"
@@ -26,7 +26,7 @@ NO_MANIFESTS = {
 
 def wanted(folder: Path, text: str = "raw", **parameters: object) -> dict:
     (folder / "raw.csv").write_text(text)
-    return made_of(fetch([str(folder / "raw.csv")], folder), parameters, Path(__file__))
+    return made_of(fetch([str(folder / "raw.csv")], folder), parameters, (), script=__file__)
 
 
 def written(folder: Path, rejected: int = 0) -> Path:
@@ -38,8 +38,7 @@ def written(folder: Path, rejected: int = 0) -> Path:
 
 
 def made(output: Path, wanted: dict, *, overwrite: bool = False, skip_bad_rows: bool = False) -> bool:
-    files = fetch([str(output.with_name("raw.csv"))], output.parent)
-    return is_made(output, files, wanted, overwrite=overwrite, skip_bad_rows=skip_bad_rows)
+    return is_made(output, wanted, overwrite=overwrite, skip_bad_rows=skip_bad_rows)
 
 
 def test_counts_add_up_and_rejected_rows_come_and_go(tmp_path, capsys):

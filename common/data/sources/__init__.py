@@ -1,13 +1,13 @@
 """Raw files and hub data sets of any shape -> one lazy frame with the columns that a script wants.
 
 `find.fetch` finds files, `open_raw` opens them as one frame, `check_raw` sorts good rows from bad ones;
-`votes` knows the competition's columns. Parquet is scanned where it lies. CSV, JSON lines (plain, gzip or zstd) and
-Parquet whose texts hold JSON become temporary Parquets first, row by row (`rows`), so that a bad row is named
-by its line; everything after is one code path.
+`votes` knows the competition's columns. Parquet is scanned where it lies. CSV, JSON lines (plain, gzip or
+zstd) and Parquet whose texts hold JSON become temporary Parquets first, row by row (`rows`), so that a bad
+row is named by its line; everything after is one code path.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -15,26 +15,16 @@ import polars as pl
 
 from common.data.chats import stable_key
 from common.data.sources.find import RawFile, columns_of
-from common.data.sources.rows import (
-    ROWS_AT_ONCE,
-    absent_columns,
-    conform_column,
-    csv_header,
-    csv_rows,
-    json_rows,
-    parquet_rows,
-    whole,
-)
+from common.data.sources.rows import ROW_READERS, column_names, conform_column, whole
 from common.data.table import LABELS, REJECTED_SCHEMA, TEXTS, ReadReport, check_rows, reading, scan
 from common.data.votes_csv import BadRowError
 
 PLACES = {"file": pl.String, "row": pl.Int64}
 """Where a row comes from: its file, and its row there (Parquet and hub, from 0) or line (text, from 1)."""
-ROW_READERS = {"csv": csv_rows, "json": json_rows, "parquet": parquet_rows}
-ROW_UNITS = {"csv": "line", "json": "line", "parquet": "row"}
+ROWS_PER_PART = 20_000
 
 Schema = Mapping[str, pl.DataType]
-"""Wanted columns and their types: texts, numbers, or lists and structs of these. Further columns are not read;
+"""Wanted columns and their types: texts, numbers, or lists and structs of these. Other columns are not read;
 a wanted one that is absent is an error unless its name ends in "?", which makes it null."""
 
 
@@ -78,7 +68,7 @@ def open_raw(
             rejected += bad
             num_repaired += repaired
         frames.append(shaped(frame))
-    units = {ROW_UNITS[file.kind] for file, *_ in files}
+    units = {"row" if file.kind == "parquet" else "line" for file, *_ in files}
     return Raw(
         frame=pl.concat(frames),
         rejected=pl.DataFrame(rejected, schema=REJECTED_SCHEMA, orient="row"),
@@ -92,52 +82,45 @@ def check_raw(
     raw: Raw,
     rows: pl.DataFrame,
     *,
-    rejected: pl.DataFrame | None = None,
+    rejected: Sequence[pl.DataFrame] = (),
+    dropped: Mapping[str, int] | None = None,
     notes: Mapping[str, int] | None = None,
-    skip_bad_rows: bool = False,
+    skip_bad_rows: bool,
 ) -> tuple[pl.DataFrame, ReadReport]:
     """`table.check_rows` for rows of raw files; of rows with one key the same stays in any row order.
 
     Args:
         raw: Where they come from; its unreadable rows join the report.
         rows: Comparisons (`SCHEMA`), further columns, `PLACES`.
-        rejected: `REJECTED_SCHEMA` of further bad rows.
+        rejected: Further bad rows, each `REJECTED_SCHEMA`.
+        dropped: Why rows were left out on purpose -> how many.
         notes: Further notes.
         skip_bad_rows: Leave bad rows out instead of failing.
 
     Returns:
-        The good rows without `PLACES`, sorted by source and id, and the report.
+        The good rows without `PLACES`, sorted by source and id, and the report; it counts all rows as read.
 
     Raises:
-        ValueError: As of `check_rows`.
+        ValueError: As of `check_rows`, or every row was left out on purpose.
     """
+    unreadable = pl.concat([raw.rejected, *rejected])
+    num_dropped = sum((dropped or {}).values())
+    if num_dropped and rows.is_empty() and unreadable.is_empty():
+        raise ValueError(
+            f"none of the {num_dropped:,} rows can be compared: {dropped}; are these the right files?"
+        )
     content = [*map(stable_key, map(pl.col, TEXTS)), "model_a", "model_b", *LABELS]
     rows = rows.sort("source", "id", *content, nulls_last=True)
-    return check_rows(
+    good, report = check_rows(
         rows.drop(PLACES),
         rows.select(*PLACES),
         paths=tuple(map(Path, raw.names)),
         row_unit=raw.row_unit,
-        unreadable=raw.rejected if rejected is None else pl.concat([raw.rejected, rejected]),
+        unreadable=unreadable,
         notes={**raw.notes, **(notes or {})},
         skip_bad_rows=skip_bad_rows,
     )
-
-
-def column_names(file: RawFile) -> list[str]:
-    """The columns of a file: of its schema, its header, or of any of its JSON objects.
-
-    Raises:
-        ValueError: The file cannot be read.
-    """
-    if file.kind == "parquet":
-        return columns_of(file.path, file.name).names()
-    with reading(file.name):
-        if file.kind == "csv":
-            return csv_header(file.path)
-        return list(
-            dict.fromkeys(whole(field) for _, values, _ in json_rows(file.path, {}) for field in values)
-        )
+    return good, replace(report, num_read=report.num_read + num_dropped)
 
 
 def _holds_json(found: pl.Schema, schema: Schema) -> bool:
@@ -172,8 +155,13 @@ def _fits(found: pl.DataType, wanted: pl.DataType) -> bool:
     return found in (wanted, pl.Null) or (wanted == pl.Float64 and found.is_numeric())
 
 
+def _absent(schema: Schema, found: Collection[str]) -> list[str]:
+    """Wanted columns that are not there; those whose name ends in "?" need not be."""
+    return [name for name in schema if not name.endswith("?") and name not in found]
+
+
 def _check_columns(file: RawFile, schema: Schema, found: Sequence[str]) -> None:
-    if absent := absent_columns(schema, found):
+    if absent := _absent(schema, found):
         expected = [name for name in schema if not name.endswith("?")]
         raise ValueError(
             f"{file.name} lacks the column{'s' * (len(absent) > 1)} {', '.join(absent)}; "
@@ -195,6 +183,8 @@ def _convert(file: RawFile, schema: Schema, stem: Path) -> tuple[list[Path], lis
             try:
                 if problem is not None:
                     raise problem
+                if absent := _absent(schema, values):
+                    raise BadRowError("missing field", f"{', '.join(absent)}; found {', '.join(values)}")
                 conformed = [conform_column(values.get(c), kind, c, repaired) for c, kind in columns.items()]
             except BadRowError as bad:
                 rejected.append((file.name, row, _key_of(values, columns), *map(whole, bad.args)))
@@ -204,7 +194,7 @@ def _convert(file: RawFile, schema: Schema, stem: Path) -> tuple[list[Path], lis
 
     with reading(file.name):
         rows = good_rows()
-        while (some := list(islice(rows, ROWS_AT_ONCE))) or not parts:
+        while (some := list(islice(rows, ROWS_PER_PART))) or not parts:
             parts.append(stem.with_name(f"{stem.name}-{len(parts)}.parquet"))
             pl.LazyFrame(some, schema=columns | PLACES, orient="row").sink_parquet(parts[-1])
     return parts, rejected, num_repaired

@@ -72,7 +72,7 @@ def is_leak_table(path: Path) -> bool:
 
 
 def columns_of(path: Path, name: str = "") -> pl.Schema:
-    """Columns and types of a Parquet; ValueError, with its `name` in place of its path, where it is broken."""
+    """Columns and types of a Parquet; ValueError, with `name` in place of its path, where it is broken."""
     with reading(name or path):
         return scan(path).collect_schema()
 

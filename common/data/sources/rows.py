@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from decimal import Decimal
 from itertools import islice
@@ -13,7 +13,8 @@ from typing import BinaryIO
 import polars as pl
 import pyarrow as pa
 
-from common.data.table import scan
+from common.data.sources.find import RawFile, columns_of
+from common.data.table import reading, scan
 from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_cells, check_header_text, read_rows
 
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -25,7 +26,7 @@ Row = tuple[int, dict[str, object], BadRowError | None]
 """Its line or number; its values by column, all that are known; what is wrong with it."""
 
 
-def json_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]:
+def json_rows(path: Path, _: Mapping[str, pl.DataType]) -> Iterator[Row]:
     """Each line that is not blank, numbered from 1; ValueError where the file is a JSON list."""
     is_first = True
     with _open_binary(path) as file:
@@ -35,14 +36,10 @@ def json_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]:
             if is_first and data.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
                 raise ValueError(f"{path} begins with a list; expected one JSON object a line (JSON lines)")
             is_first = False
-            values, bad = {}, None
             try:
-                values = _json_object(data, "utf-8-sig" if line == 1 else "utf-8")
-                if absent := absent_columns(schema, values):
-                    bad = BadRowError("missing field", f"{', '.join(absent)}; found {', '.join(values)}")
-            except BadRowError as error:
-                bad = error
-            yield line, values, bad
+                yield line, _json_object(data, "utf-8-sig" if line == 1 else "utf-8"), None
+            except BadRowError as bad:
+                yield line, {}, bad
 
 
 def _json_object(data: bytes, encoding: str) -> dict[str, object]:
@@ -67,7 +64,7 @@ def csv_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]:
         ValueError: The header is broken, or names a column twice.
     """
     kinds = {name.removesuffix("?"): kind for name, kind in schema.items()}
-    header = csv_header(path)
+    header = _csv_header(path)
     repeated = sorted({name for name in header if header.count(name) > 1 and name in kinds})
     if repeated:
         raise ValueError(f"{path}: the header has {', '.join(repeated)} more than once; name each once")
@@ -81,14 +78,6 @@ def csv_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]:
                 continue
             numbers = {name: _number(texts[name]) for name in header if kinds.get(name) == pl.Float64}
             yield line, texts | numbers, None
-
-
-def csv_header(path: Path) -> list[str]:
-    """The columns of a CSV; ValueError where its first line is broken."""
-    with closing(read_rows(path, _open_binary)) as rows:
-        _, header = next(rows, (1, []))
-    check_header_text(header, path)
-    return header
 
 
 def _number(cell: str) -> float | str | None:
@@ -105,9 +94,29 @@ def parquet_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]
         start += len(rows)
 
 
-def absent_columns(schema: Mapping[str, pl.DataType], found: Collection[str]) -> list[str]:
-    """Wanted columns that are not there; those whose name ends in "?" need not be."""
-    return [name for name in schema if not name.endswith("?") and name not in found]
+ROW_READERS = {"csv": csv_rows, "json": json_rows, "parquet": parquet_rows}
+
+
+def column_names(file: RawFile) -> list[str]:
+    """The columns of a file: of its schema, its header, or of any of its JSON objects.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
+    if file.kind == "parquet":
+        return columns_of(file.path, file.name).names()
+    with reading(file.name):
+        if file.kind == "csv":
+            return _csv_header(file.path)
+        rows = json_rows(file.path, {})
+        return list(dict.fromkeys(whole(name) for _, values, _ in rows for name in values))
+
+
+def _csv_header(path: Path) -> list[str]:
+    with closing(read_rows(path, _open_binary)) as rows:
+        _, header = next(rows, (1, []))
+    check_header_text(header, path)
+    return header
 
 
 @contextmanager
