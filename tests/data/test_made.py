@@ -9,7 +9,7 @@ import pytest
 from common.data.made import made_of, write_made
 from common.data.sources.find import fetch
 from common.data.table import REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.runs import is_made, manifest_path
+from common.runs import code_hash, is_made, manifest_path
 
 TABLE = pl.DataFrame(
     [["1", "s", None, None, ["p"], ["a"], ["b"], 1.0, 0.0, 0.0, None]], schema=SCHEMA, orient="row"
@@ -158,3 +158,20 @@ def test_killed_between_manifest_and_table_the_next_run_goes_on_unasked(tmp_path
     assert ("writing it was interrupted: making it again" in capsys.readouterr().out) == old
     written(tmp_path)
     assert made(output, wanted(tmp_path, seed=1))
+
+
+def test_code_is_every_source_file_below_a_folder_wherever_that_lies(tmp_path):
+    hashes = set()
+    for name in ("one", "two"):
+        folder = tmp_path / name / "code"
+        (folder / "deep").mkdir(parents=True)
+        (folder / "a.py").write_text("a")
+        (folder / "deep/b.j2").write_text("b")
+        (folder / f"{name}.pyc").write_text(name)
+        hashes.add(code_hash(folder / "a.py", folder))
+    assert len(hashes) == 1
+    for path, text in ((folder / "a.py", "c"), (folder / "deep/b.j2", "c"), (folder / "new.ipynb", "")):
+        path.write_text(text)
+        hashes.add(code_hash(folder / "a.py", folder))
+    (folder / "new.ipynb").rename(folder / "newer.ipynb")
+    assert len(hashes | {code_hash(folder / "a.py", folder)}) == 5
