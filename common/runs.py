@@ -3,11 +3,14 @@
 run.json        recipe, inputs (hashes), status
 metrics.jsonl   one line a logged step
 state/step-N/   sharded training state, in PyTorch's own format (read back from here only)
+
+And single files that say the same of themselves: x.parquet, made of what x.manifest.json says beside it.
 """
 
 import json
 import shutil
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from common.files import read_json, replacing, write_json
+from common.console import say
+from common.files import file_hash, read_json, replacing, text_hash, write_json
 
 # A single process saving alone is what is meant, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -178,11 +182,150 @@ def find_complete(folder: Path) -> tuple[Path, ...]:
     return found
 
 
-def _first_difference(stored: dict, ours: dict) -> tuple[str, object, object] | None:
-    """The first field of recipe or inputs that differs: its name and both values."""
-    for part in ("recipe", "inputs"):
+def _first_difference(
+    stored: Mapping, ours: Mapping, parts: Sequence[str] = ("recipe", "inputs")
+) -> tuple[str, object, object] | None:
+    """The first field of recipe or inputs (or other parts) that differs: its name and both values."""
+    for part in parts:
         theirs, mine = stored.get(part, {}), ours[part]
         for field in sorted({*theirs, *mine} - EXECUTION_FIELDS):
             if theirs.get(field) != mine.get(field):
                 return f"{part}.{field}", theirs.get(field), mine.get(field)
     return None
+
+
+CODE = (".py", ".ipynb", ".j2")
+"""What a folder of code consists of; nothing else in it changes a result."""
+
+
+def code_hash(*paths: Path) -> str:
+    """sha256 of source files, whatever folder the repository lies in.
+
+    Args:
+        paths: Files, and folders, which stand for all Python, notebooks and templates below them.
+    """
+    lines = []
+    for path in paths:
+        files = sorted(one for one in path.rglob("*") if one.suffix in CODE) if path.is_dir() else [path]
+        lines += [f"{file.relative_to(path.parent).as_posix()} {file_hash(file)}" for file in files]
+    return text_hash(*lines)
+
+
+def manifest_path(output: Path) -> Path:
+    """data/x.parquet -> data/x.manifest.json"""
+    return output.with_suffix(".manifest.json")
+
+
+def rejected_path(output: Path) -> Path:
+    """data/x.parquet -> data/x.rejected.parquet"""
+    return output.with_suffix(".rejected.parquet")
+
+
+def write_manifest(
+    output: Path, temporary: Path, content: Mapping[str, object], *, num_rejected: int = 0
+) -> None:
+    """Says beside a file what it was made from, before that file takes its name.
+
+    It names the old file too: killed in between, the next run knows what it sees.
+
+    Args:
+        output: The file.
+        temporary: Where it lies until then, whole.
+        content: `inputs` (a list, each with a name and a sha256), `parameters`, `code_sha256`, and more.
+        num_rejected: Bad rows of the inputs that were left out; they are listed in `rejected_path(output)`.
+    """
+    ours = {
+        "num_rejected": num_rejected,
+        "output_sha256": file_hash(temporary),
+        "replaces_sha256": _hash_if_there(output),
+        "rejected_sha256": _hash_if_there(rejected_path(output)) if num_rejected else None,
+    }
+    write_json(manifest_path(output), {**content, **ours})
+
+
+def is_made(
+    output: Path, wanted: Mapping[str, object], *, overwrite: bool = False, skip_bad_rows: bool = False
+) -> bool:
+    """Whether a file is there and made of just this, and says so; of inputs the bytes count, not the names.
+
+    Args:
+        output: The file.
+        wanted: `inputs`, `parameters` and `code_sha256`, as of `write_manifest`.
+        overwrite: Replace what was made of something else.
+        skip_bad_rows: Bad rows may have been left out.
+
+    Raises:
+        ValueError: It, its manifest or its list of rejected rows is an input or a folder. Or, unless
+            `overwrite`: it is there, made of something else or by hand, or without rows that are bad and may
+            not be skipped now; or it is not there, and files of others have the names of those beside it.
+    """
+    beside = (manifest_path(output), rejected_path(output))
+    inputs = {Path(one["name"]).resolve() for one in wanted["inputs"]}
+    for path in (output, *beside):
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder, expected a file to write; name another --output")
+        if path.resolve() in inputs:
+            raise ValueError(f"{path} is an input and would be replaced; name another --output")
+    found = _read_manifest(manifest_path(output))
+    reason, is_ours = None, True
+    if output.exists():
+        reason, is_ours = _difference(output, found, wanted, skip_bad_rows)
+    elif found is None and (others := [path for path in beside if path.exists()]):
+        reason, is_ours = f"{others[0]} is there, but no {output} that it belongs to", False
+    if not is_ours and not overwrite:
+        raise ValueError(f"{reason}; pass --overwrite to replace it, or another --output")
+    if not output.exists():
+        return False
+    say(f"{output} is up to date" if reason is None else f"{reason}: making it again")
+    return reason is None
+
+
+def _read_manifest(path: Path) -> dict | None:
+    """A manifest; None where there is none, or something else of that name."""
+    try:
+        found = read_json(path)
+        parts = {"parameters": dict(found["parameters"]), "output_sha256": str(found["output_sha256"])}
+        return {**found, **parts, "hashes": _hashes(found)}
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
+def _difference(
+    output: Path, found: dict | None, wanted: Mapping[str, object], skip_bad_rows: bool
+) -> tuple[str | None, bool]:
+    """What differs from what is wanted, and whether the file may be replaced unasked."""
+    if found is None:
+        where = f"{output} is there, but {manifest_path(output)} is not or cannot be read"
+        return f"{where}, so what it was made of is not known", False
+    output_sha256 = file_hash(output)
+    if output_sha256 not in (found["output_sha256"], found.get("replaces_sha256")):
+        return f"{output} was changed after it was made", False
+    if found["hashes"] != _hashes(wanted):
+        names = ", ".join(one["name"] for one in wanted["inputs"])
+        return f"{output} was made from other files than {names}", False
+    if differs := _first_difference(found, wanted, ("parameters",)):
+        name = differs[0].removeprefix("parameters.")
+        then, now = map(_shown, differs[1:])
+        return f"{output} was made with {name} {then}; here it is {name} {now}", False
+    if not skip_bad_rows and (num_rejected := found.get("num_rejected")):
+        return f"{output} was made without {num_rejected:,} bad rows; pass --skip-bad-rows to keep it", False
+    if found.get("code_sha256") != wanted["code_sha256"]:
+        return f"{output} was made by other code", True
+    if found["output_sha256"] != output_sha256:
+        return f"{output}: writing it was interrupted", True
+    if found.get("rejected_sha256") != _hash_if_there(rejected_path(output)):
+        return f"{rejected_path(output)} is not what was written with {output}", True
+    return None, True
+
+
+def _hashes(manifest: Mapping) -> list[str]:
+    return sorted(one["sha256"] for one in manifest["inputs"])
+
+
+def _hash_if_there(path: Path) -> str | None:
+    return file_hash(path) if path.is_file() else None
+
+
+def _shown(value: object) -> object:
+    """A parameter for a message; of hashes the first digits."""
+    return (", ".join(str(one)[:12] for one in value) or "none") if isinstance(value, list) else value

@@ -16,11 +16,11 @@ import numpy as np
 import polars as pl
 
 from common.console import cli, say
-from common.data.sources.exclude import exclude_hashes, without_prompts
-from common.data.sources.frames import fetch
+from common.data.sources.find import fetch
+from common.data.sources.made import check_output, made_of, without_prompts, write_made
 from common.data.sources.votes import open_competition, read_competition
 from common.data.table import LABELS, is_labelled, labels_array
-from common.data_manifest import check_output, is_made, made_of, write_made
+from common.runs import is_made
 
 SOURCE = "arena55k"
 MAX_FOLDS = 127
@@ -62,10 +62,9 @@ def main(args: Args) -> None:
             "source": args.source,
             "folds": args.folds,
             "scikit_learn": version("scikit-learn") if args.folds else None,
-            "exclude": exclude_hashes(args.exclude),
         }
-        wanted = made_of(files, parameters, [Path(__file__)])
-        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        wanted = made_of(files, parameters, args.exclude, script=__file__)
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         raw = open_competition(files, args.source, Path(folder))
         frame, report = read_competition(raw, skip_bad_rows=args.skip_bad_rows)

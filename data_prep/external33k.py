@@ -9,7 +9,7 @@ Run   python data_prep/external33k.py --exclude artifacts/data/arena55k.parquet
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -23,12 +23,12 @@ from common.data.chats import (
     stable_key,
     user_turns,
 )
-from common.data.sources.exclude import exclude_hashes, without_prompts
-from common.data.sources.find import find_raw
-from common.data.sources.frames import Raw, RawFile, check_raw, column_names, fetch, merge, open_file, reading
+from common.data.sources import Raw, check_raw, column_names, open_raw
+from common.data.sources.find import RawFile, fetch, find_raw
+from common.data.sources.made import check_output, made_of, without_prompts, write_made
 from common.data.sources.votes import COLUMNS, MODELS, id_order, to_comparisons
-from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport
-from common.data_manifest import check_output, is_made, made_of, write_made
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, reading
+from common.runs import is_made
 
 SOURCE = "arena33k"
 DEDUPLICATED = COLUMNS | dict.fromkeys(LABELS, pl.Float64())
@@ -69,8 +69,8 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         published = find_raw(Path("data"), "lmsys-33k-deduplicated", "chatbot_arena_conversations")
         files = fetch(args.input or (str(published or "data/lmsys-33k-deduplicated.csv"),), Path(folder))
-        wanted = made_of(files, {"exclude": exclude_hashes(args.exclude)}, [Path(__file__)])
-        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        wanted = made_of(files, {}, args.exclude, script=__file__)
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         frame, report, dropped = read_votes(open_votes(files, Path(folder)), skip_bad_rows=args.skip_bad_rows)
     kept = first_of_each_prompt(frame)
@@ -83,7 +83,7 @@ def open_votes(files: Sequence[RawFile], scratch: Path) -> Raw:
     """Opens each file in the form that its columns show.
 
     Args:
-        files: As of `common.data.sources.frames.fetch`.
+        files: As of `common.data.sources.find.fetch`.
         scratch: Existing folder for temporary files.
 
     Returns:
@@ -93,19 +93,19 @@ def open_votes(files: Sequence[RawFile], scratch: Path) -> Raw:
     Raises:
         ValueError: A file cannot be read or has the columns of neither form.
     """
-    raws, frames = [], []
-    for i, file in enumerate(files):
-        found = column_names(file)
-        is_original = "question_id" in found or "conversation_a" in found
-        if found and not is_original and not set(TEXTS) & set(found):
-            raise ValueError(
-                f"{file.name} has the columns {', '.join(found)}; expected "
-                f"{_listed(DEDUPLICATED)}, or {_listed(ORIGINAL)}"
-            )
-        schema = ORIGINAL if is_original else DEDUPLICATED
-        raws.append(open_file(file, schema, scratch / f"votes-{i}.parquet"))
-        frames.append(_from_original(raws[-1].frame) if is_original else _from_deduplicated(raws[-1].frame))
-    return merge(raws, frames)
+    forms = {True: (ORIGINAL, _from_original), False: (DEDUPLICATED, _from_deduplicated)}
+    return open_raw([(file, *forms[_is_original(file)]) for file in files], scratch)
+
+
+def _is_original(file: RawFile) -> bool:
+    found = column_names(file)
+    is_original = "question_id" in found or "conversation_a" in found
+    if found and not is_original and not set(TEXTS) & set(found):
+        raise ValueError(
+            f"{file.name} has the columns {', '.join(found)}; expected "
+            f"{_listed(DEDUPLICATED)}, or {_listed(ORIGINAL)}"
+        )
+    return is_original
 
 
 def _listed(schema: Mapping[str, pl.DataType]) -> str:
@@ -125,18 +125,13 @@ def read_votes(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, 
     Raises:
         ValueError: A file is broken; there is no vote; a row is bad, or every row is.
     """
-    with reading(raw.names):
+    with reading(*raw.names):
         votes = raw.frame.collect()
     dropped = {r: int((votes["left_out"] == r).sum()) for r in (NOT_ALTERNATING, OTHER_USER_TURNS)}
     incomplete = _incomplete(votes)
     rest = votes.filter(pl.col("left_out").is_null() & pl.col("has_vote") & pl.col("has_chats"))
-    if sum(dropped.values()) and rest.is_empty() and raw.rejected.is_empty() and incomplete.is_empty():
-        raise ValueError(
-            f"none of the {len(votes):,} votes can be compared: {dropped}; is this the right file?"
-        )
-    frame, report = check_raw(raw, rest, rejected=incomplete, skip_bad_rows=skip_bad_rows)
-    num_read = report.num_read + sum(dropped.values())
-    return frame.select(SCHEMA.names()), replace(report, num_read=num_read), dropped
+    frame, report = check_raw(raw, rest, rejected=[incomplete], dropped=dropped, skip_bad_rows=skip_bad_rows)
+    return frame.select(SCHEMA.names()), report, dropped
 
 
 def first_of_each_prompt(frame: pl.DataFrame) -> pl.DataFrame:
@@ -171,7 +166,7 @@ def _from_deduplicated(frame: pl.LazyFrame) -> pl.LazyFrame:
 def _with_flags(frame: pl.LazyFrame, **flags: pl.Expr) -> pl.LazyFrame:
     """What `open_votes` gives: a vote that is there in part counts as one, for `check_rows` to name."""
     flagged = frame.with_columns(**flags, has_vote=pl.any_horizontal(pl.col(LABELS).is_not_null()))
-    return to_comparisons(flagged, SOURCE, "left_out", "found", "has_chats", "has_vote")
+    return to_comparisons(flagged, "left_out", "found", "has_chats", "has_vote", source=SOURCE)
 
 
 def _left_out() -> pl.Expr:

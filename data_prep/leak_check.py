@@ -39,11 +39,10 @@ import polars as pl
 from common.console import cli, say, show_table
 from common.data.chats import stable_key
 from common.data.near_duplicates import jaccard, near_pairs, shingles
-from common.data.sources.find import LEAK_COLUMNS, find_tables, is_leak_table
-from common.data.sources.frames import fetch
+from common.data.sources.find import LEAK_COLUMNS, fetch, find_tables, is_leak_table
+from common.data.sources.made import check_output
 from common.data.sources.votes import open_competition, read_competition
 from common.data.table import SCHEMA, read_comparisons, write_comparisons
-from common.data_manifest import check_output
 
 Kind = Literal["fold", "exact", "swapped", "prompt", "near"]
 KINDS: tuple[Kind, ...] = ("fold", "exact", "swapped", "prompt", "near")

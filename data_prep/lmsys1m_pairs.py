@@ -28,11 +28,11 @@ from common.data.chats import (
     stable_key,
     user_turns,
 )
-from common.data.sources.exclude import EXCLUDED, exclude_hashes, prompt_keys
-from common.data.sources.find import find_raw
-from common.data.sources.frames import Raw, fetch, open_raw, reading
-from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, refuse_bad_rows
-from common.data_manifest import JOINED, check_output, is_made, made_of, write_made
+from common.data.sources import Raw, open_raw
+from common.data.sources.find import fetch, find_raw
+from common.data.sources.made import EXCLUDED, JOINED, check_output, made_of, prompt_keys, write_made
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, check_report, reading
+from common.runs import is_made
 
 SOURCE = "lmsys1m"
 HUB_ID = "lmsys/lmsys-chat-1m"
@@ -68,12 +68,11 @@ def main(args: Args) -> None:
     names = args.input or (str(find_raw(Path("data"), "lmsys-chat-1m") or HUB_ID),)
     with TemporaryDirectory(prefix="lmsys1m-") as scratch:
         files = fetch(names, Path(scratch))
-        parameters = {"seed": args.seed, "exclude": exclude_hashes(args.exclude)}
-        wanted = made_of(files, parameters, [Path(__file__)])
-        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        wanted = made_of(files, {"seed": args.seed}, args.exclude, script=__file__)
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
-        raw = open_raw(files, INPUT_SCHEMA, Path(scratch))
-        with reading(names):
+        raw = open_raw([(file, INPUT_SCHEMA, pl.LazyFrame.lazy) for file in files], Path(scratch))
+        with reading(*names):
             light, report = read_light(raw, skip_bad_rows=args.skip_bad_rows)
         chosen, dropped = choose_pairs(light, prompt_keys(args.exclude), seed=args.seed)
         del light
@@ -82,7 +81,7 @@ def main(args: Args) -> None:
             raise ValueError(
                 f"{', '.join(names)}: no pair among {report.num_kept:,} conversations ({counts})"
             )
-        with reading(names):
+        with reading(*names):
             frame = gather(raw.frame, chosen, Path(scratch))
     write_made(args.output, frame, report, wanted=wanted, dropped=dropped)
 
@@ -109,19 +108,15 @@ def read_light(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, 
     )
     light = rows.collect(engine="streaming")
     bad = find_bad(light)
-    rejected = pl.concat([with_places(raw.frame, bad), raw.rejected])
-    rank = {name: i for i, name in enumerate(raw.names)}
     report = ReadReport(
         paths=tuple(map(Path, raw.names)),
         num_read=len(light) + len(raw.rejected),
         num_kept=len(light) - len(bad),
-        rejected=rejected.sort(pl.col("file").replace_strict(rank, return_dtype=pl.Int64), "row"),
-        notes=raw.notes,
+        rejected=pl.concat([with_places(raw.frame, bad), raw.rejected]),
+        notes=dict(raw.notes),
         row_unit=raw.row_unit,
     )
-    if not report.num_read:
-        raise ValueError(f"{', '.join(raw.names)}: no conversation in it; expected at least one")
-    refuse_bad_rows(report, skip_bad_rows=skip_bad_rows)
+    report = check_report(report, skip_bad_rows=skip_bad_rows, kind="conversation")
     good = light.join(bad, on="index", how="anti", maintain_order="left") if len(bad) else light
     return good.drop("is_absent"), report
 

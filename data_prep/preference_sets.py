@@ -13,7 +13,8 @@ depends on no row order. The sets' own votes are kept (chosen wins); stage 2 tra
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -30,11 +31,11 @@ from common.data.chats import (
     user_turns,
     without_system,
 )
-from common.data.sources.exclude import exclude_hashes, without_prompts
-from common.data.sources.find import PREFERENCE_SETS, find_raw
-from common.data.sources.frames import PLACES, Raw, RawFile, check_raw, fetch, merge, open_file, reading
-from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.data_manifest import check_output, is_made, made_of, write_made
+from common.data.sources import PLACES, Raw, check_raw, open_raw
+from common.data.sources.find import PREFERENCE_SETS, RawFile, fetch, find_raw
+from common.data.sources.made import check_output, made_of, without_prompts, write_made
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport, reading
+from common.runs import is_made
 
 SCHEMA_IN = {
     "chosen": MESSAGES,
@@ -74,13 +75,9 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sets = fetch_sets(args.input or default_inputs(Path("data")), Path(folder))
         files = [file for _, file in sets]
-        parameters = {
-            "seed": args.seed,
-            "sources": sorted([source, str(file.description["sha256"])] for source, file in sets),
-            "exclude": exclude_hashes(args.exclude),
-        }
-        wanted = made_of(files, parameters, [Path(__file__)])
-        if is_made(args.output, files, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
+        sources = sorted([source, str(file.description["sha256"])] for source, file in sets)
+        wanted = made_of(files, {"seed": args.seed, "sources": sources}, args.exclude, script=__file__)
+        if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return
         raw = open_sets(sets, Path(folder))
         frame, report, dropped = read_sets(raw, seed=args.seed, skip_bad_rows=args.skip_bad_rows)
@@ -137,8 +134,7 @@ def open_sets(sets: Sequence[tuple[str, RawFile]], scratch: Path) -> Raw:
     Raises:
         ValueError: A file cannot be read, or lacks a column or has it in another type.
     """
-    raws = [open_file(file, SCHEMA_IN, scratch / f"set-{i}.parquet") for i, (_, file) in enumerate(sets)]
-    return merge(raws, [_compared(raw.frame, source) for raw, (source, _) in zip(raws, sets, strict=True)])
+    return open_raw([(file, SCHEMA_IN, partial(_compared, source=source)) for source, file in sets], scratch)
 
 
 def read_sets(
@@ -158,7 +154,7 @@ def read_sets(
     Raises:
         ValueError: A file is broken; there is no row; a row is bad, or no row is good.
     """
-    with reading(raw.names):
+    with reading(*raw.names):
         rows = raw.frame.collect()
     unusable = _unusable(rows)
     rest = rows.filter(pl.col("left_out").is_null() & pl.col("is_usable"))
@@ -168,10 +164,6 @@ def read_sets(
         **{reason: int((rows["left_out"] == reason).sum()) for reason in reasons},
         REPEATED: len(rest) - len(different),
     }
-    if different.is_empty() and raw.rejected.is_empty() and unusable.is_empty() and len(rows):
-        raise ValueError(
-            f"none of the {len(rows):,} rows can be compared: {dropped}; are these the right files?"
-        )
     notes = {
         "with earlier answers that differ": int(different["earlier_differs"].sum()),
         "with a system message, which is left out": int(different["has_system"].sum()),
@@ -179,11 +171,12 @@ def read_sets(
     frame, report = check_raw(
         raw,
         _with_sides(different, seed),
-        rejected=unusable,
+        rejected=[unusable],
+        dropped=dropped,
         notes={note: count for note, count in notes.items() if count},
         skip_bad_rows=skip_bad_rows,
     )
-    return frame, replace(report, num_read=report.num_read + sum(dropped.values())), dropped
+    return frame, report, dropped
 
 
 def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
@@ -253,15 +246,9 @@ def _with_sides(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
         for name, what in (("model", "model"), ("response", "answers"), ("score", "score"))
     }
     votes = (pl.col("chosen_is_a"), ~pl.col("chosen_is_a"), pl.lit(False))
-    return rows.select(
-        "id",
-        "source",
-        "prompt",
-        **columns,
-        **{label: vote.cast(pl.Float32) for label, vote in zip(LABELS, votes, strict=True)},
-        fold=pl.lit(None, pl.Int8),
-        **{name: pl.col(name) for name in PLACES},
-    ).select(*SCHEMA.names(), "score_a", "score_b", *PLACES)
+    labels = {label: vote.cast(pl.Float32) for label, vote in zip(LABELS, votes, strict=True)}
+    rows = rows.with_columns(**columns, **labels, fold=pl.lit(None, pl.Int8))
+    return rows.select(*SCHEMA.names(), "score_a", "score_b", *PLACES)
 
 
 def _unusable(rows: pl.DataFrame) -> pl.DataFrame:

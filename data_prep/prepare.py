@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from common.console import cli, say, show_table
 from common.data.sources.find import PREFERENCE_SETS, find_raw
-from common.data_manifest import manifest_path
 from common.files import read_json
+from common.runs import manifest_path
 
 FOLDER = Path(__file__).resolve().parent
 

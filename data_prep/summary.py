@@ -21,10 +21,11 @@ import polars as pl
 from common.console import cli, say, show_table
 from common.data.chats import stable_key
 from common.data.sources.find import find_tables
+from common.data.sources.made import JOINED
 from common.data.table import LABELS, TEXTS, is_labelled, labels_array, read_comparisons
-from common.data_manifest import JOINED, manifest_path
 from common.files import read_json, write_json
 from common.report.pictures import character_lengths, kept_rows, label_shares, lengths
+from common.runs import manifest_path
 
 DATA = Path("artifacts/data")
 NUM_MODELS = 10

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 import polars as pl
 import torch
 import xxhash
+from hypothesis import strategies as st
 from transformers import (
     Gemma2Config,
     Gemma2ForSequenceClassification,
@@ -19,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from common.data.sources.frames import fetch
+from common.data.sources.find import fetch
 from common.data.sources.votes import open_competition, read_competition
 from common.data.table import SCHEMA
 from data_prep.demo_arena import (
@@ -109,6 +110,11 @@ def make_comparisons(
             (f"{seed}-{i}", source, "m1", "m2", prompt, first, second, *labels, i % 5 if labelled else None)
         )
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+
+
+def few_or_many(rows: st.SearchStrategy) -> st.SearchStrategy[list]:
+    """Lists of one to six, where a single row decides, or of 20 to 60, where many meet."""
+    return st.lists(rows, min_size=1, max_size=6) | st.lists(rows, min_size=20, max_size=60)
 
 
 def key_of(turns: list[str | None]) -> bytes:

@@ -6,10 +6,11 @@ rows and a report of what was found; a bad row stops the run unless the caller a
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import gettempdir
 
 import numpy as np
 import polars as pl
@@ -214,6 +215,31 @@ def writing_table(frame: pl.DataFrame, path: Path | str) -> Iterator[Path]:
         yield temporary
 
 
+@contextmanager
+def reading(*names: Path | str, way_out: str = "is it cut off? Get or make it again") -> Iterator[None]:
+    """Turns what polars says of a broken file, as it is opened or streamed, into a ValueError.
+
+    Args:
+        names: The files, as the user knows them.
+        way_out: What to do about it.
+    """
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        if "No space left" in first_line:
+            raise ValueError(
+                f"no space is left for temporary files in {gettempdir()}; free some, or set TMPDIR to "
+                "another folder"
+            ) from error
+        raise ValueError(f"{', '.join(map(str, names))} cannot be read: {first_line}; {way_out}") from error
+
+
+def scan(path: Path | str) -> pl.LazyFrame:
+    """A Parquet; no globbing, no hive columns: a path is a name, whatever characters it has."""
+    return pl.scan_parquet(path, glob=False, hive_partitioning=False)
+
+
 def check_rows(
     frame: pl.DataFrame,
     places: pl.DataFrame,
@@ -221,7 +247,7 @@ def check_rows(
     paths: tuple[Path, ...],
     row_unit: str = "row",
     unreadable: pl.DataFrame | None = None,
-    notes: dict[str, int] | None = None,
+    notes: Mapping[str, int] | None = None,
     skip_bad_rows: bool = False,
 ) -> tuple[pl.DataFrame, ReadReport]:
     """Sorts good rows from bad ones, for every reader of comparisons.
@@ -242,14 +268,9 @@ def check_rows(
         ValueError: There is no row, none is good, or (without `skip_bad_rows`) one is bad.
     """
     bad = _bad_rows(frame, places, row_unit)
-    is_good = np.ones(len(frame), dtype=bool)
-    is_good[bad["index"].to_numpy()] = False
-    good = frame.filter(pl.Series(is_good, dtype=pl.Boolean))
+    good = frame.filter(~pl.int_range(pl.len(), dtype=pl.UInt32).is_in(bad["index"].implode()))
     rejected = bad.select(REJECTED_SCHEMA.names())
-    if unreadable is not None:
-        rejected = pl.concat([rejected, unreadable])
-    rank = {str(path): i for i, path in reversed(list(enumerate(paths)))}
-    rejected = rejected.sort(pl.col("file").replace_strict(rank, return_dtype=pl.Int64), "row")
+    rejected = rejected if unreadable is None else pl.concat([rejected, unreadable])
     report = ReadReport(
         paths=paths,
         num_read=len(good) + len(rejected),
@@ -258,33 +279,32 @@ def check_rows(
         notes={**(notes or {}), **_notes(good)},
         row_unit=row_unit,
     )
-    files = ", ".join(str(path) for path in paths)
+    return good, check_report(report, skip_bad_rows=skip_bad_rows)
+
+
+def check_report(report: ReadReport, *, skip_bad_rows: bool, kind: str = "comparison") -> ReadReport:
+    """The report with its bad rows in the order of the files; `kind` is what a row of the files is.
+
+    Raises:
+        ValueError: There is no row, none is good, or (without `skip_bad_rows`) one is bad; it lists ten.
+    """
+    files = ", ".join(map(str, report.paths))
     if not report.num_read:
-        raise ValueError(f"{files}: no comparison in it; expected at least one")
-    refuse_bad_rows(report, skip_bad_rows=skip_bad_rows)
-    return good, report
-
-
-def refuse_bad_rows(report: ReadReport, *, skip_bad_rows: bool) -> None:
-    """Raises ValueError, with the first rows, where some are bad and may not be skipped, or none is good."""
-    if len(report.rejected) and not (skip_bad_rows and report.num_kept):
-        raise ValueError(_describe_bad(report, ", ".join(str(path) for path in report.paths)))
-
-
-def _describe_bad(report: ReadReport, files: str) -> str:
-    rejected = report.rejected
-    shown = [
-        f"  {file} {report.row_unit} {row}, id {key or 'missing'}: {reason}: {detail}"
-        for file, row, key, reason, detail in rejected.head(NUM_SHOWN).iter_rows()
-    ]
+        raise ValueError(f"{files}: no {kind} in it; expected at least one")
+    rank = {str(path): i for i, path in reversed(list(enumerate(report.paths)))}
+    rejected = report.rejected.sort(pl.col("file").replace_strict(rank, return_dtype=pl.Int64), "row")
+    if rejected.is_empty() or (skip_bad_rows and report.num_kept):
+        return replace(report, rejected=rejected)
+    lines = [f"{len(rejected):,} of {report.num_read:,} rows of {files} are bad:"]
+    for file, row, key, reason, detail in rejected.head(NUM_SHOWN).iter_rows():
+        lines.append(f"  {file} {report.row_unit} {row}, id {key or 'missing'}: {reason}: {detail}")
     if len(rejected) > NUM_SHOWN:
-        shown.append(f"  and {len(rejected) - NUM_SHOWN:,} more")
+        lines.append(f"  and {len(rejected) - NUM_SHOWN:,} more")
     way_out = (
         "Correct them, or leave them out with --skip-bad-rows: they are counted and listed in a side file."
-        if report.num_kept
-        else "No row is good: is this the right file?"
     )
-    return "\n".join([f"{len(rejected):,} of {report.num_read:,} rows of {files} are bad:", *shown, way_out])
+    lines.append(way_out if report.num_kept else "No row is good: is this the right file?")
+    raise ValueError("\n".join(lines))
 
 
 def _read_parquet(path: Path) -> pl.DataFrame:
@@ -293,15 +313,9 @@ def _read_parquet(path: Path) -> pl.DataFrame:
         raise ValueError(
             f"{path} {found}; expected a comparison Parquet. Make it with just prep, or name another"
         )
-    try:
-        # no globbing, no hive columns: a path is a name, whatever characters it has
-        frame = pl.read_parquet(path, glob=False, hive_partitioning=False)
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) cannot be read as a Parquet: {first_line}. "
-            "Make it again with the script in data_prep/ that wrote it."
-        ) from error
+    what = f"{path} ({path.stat().st_size:,} bytes)"
+    with reading(what, way_out="make it again with the script in data_prep/ that wrote it"):
+        frame = scan(path).collect()
     if frame.is_empty():
         raise ValueError(f"{path}: no comparison in it; expected at least one")
     return _check_schema(frame, path)
@@ -324,30 +338,26 @@ def _check_schema(frame: pl.DataFrame, path: Path | str) -> pl.DataFrame:
 
 def _bad_rows(frame: pl.DataFrame, places: pl.DataFrame, row_unit: str) -> pl.DataFrame:
     """`REJECTED_SCHEMA` and `index` (the row of `frame`) of each bad row, first reason that holds."""
-    columns = ["index", *REJECTED_SCHEMA.names()]
-    rows = pl.concat([frame.select(SCHEMA.names()).with_row_index("index"), places], how="horizontal")
+    rows = pl.concat([frame.select(SCHEMA.names()).with_row_index("index"), places], how="horizontal").lazy()
+    checks = _row_checks()
+    is_faulty = pl.any_horizontal(bad for _, bad, _ in checks).fill_null(False)
+    place = ("index", "file", "row", "id")
+    first = pl.col("index", "file", "row").first().over("source", "id").name.prefix("first_")
+    repeated = rows.filter(~is_faulty).select(*place, "source").with_columns(first)
+    found = pl.format(f"source {{}} has it in {{}} {row_unit} {{}} too", "source", "first_file", "first_row")
     # rechunk: `pl.format` of polars 2.1 panics where a file (a chunk) has no row left
-    faulty = rows.filter(pl.any_horizontal(bad for _, bad, _ in _row_checks())).rechunk()
-    faulty = faulty.select(
-        pl.col("index", "file", "row", "id"),
-        reason=pl.coalesce(pl.when(bad).then(pl.lit(reason)) for reason, bad, _ in _row_checks()),
-        detail=pl.coalesce(pl.when(bad).then(detail) for _, bad, detail in _row_checks()),
-    )
-    key = ("source", "id")
-    repeated = (
-        rows.select("index", "file", "row", *key)
-        .filter(~pl.col("index").is_in(faulty["index"].implode()))
-        .with_columns(pl.col("index", "file", "row").first().over(key).name.prefix("first_"))
-        .filter(pl.col("index") != pl.col("first_index"))
-        .rechunk()
-        .with_columns(
-            reason=pl.lit("repeated key"),
-            detail=pl.format(
-                f"source {{}} has it in {{}} {row_unit} {{}} too", "source", "first_file", "first_row"
+    faulty = rows.filter(is_faulty).collect().rechunk()
+    repeated = repeated.filter(pl.col("index") != pl.col("first_index")).collect().rechunk()
+    return pl.concat(
+        [
+            faulty.select(
+                *place,
+                reason=pl.coalesce(pl.when(bad).then(pl.lit(reason)) for reason, bad, _ in checks),
+                detail=pl.coalesce(pl.when(bad).then(detail) for _, bad, detail in checks),
             ),
-        )
+            repeated.select(*place, reason=pl.lit("repeated key"), detail=found),
+        ]
     )
-    return pl.concat([faulty, repeated.select(columns)])
 
 
 def _row_checks() -> list[tuple[str, pl.Expr, pl.Expr]]:

@@ -6,9 +6,10 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from common.data.sources.frames import fetch
+from common.data.sources.find import fetch
+from common.data.sources.made import made_of, write_made
 from common.data.table import REJECTED_SCHEMA, SCHEMA, ReadReport
-from common.data_manifest import is_made, made_of, manifest_path, write_made
+from common.runs import code_hash, is_made, manifest_path
 
 TABLE = pl.DataFrame(
     [["1", "s", None, None, ["p"], ["a"], ["b"], 1.0, 0.0, 0.0, None]], schema=SCHEMA, orient="row"
@@ -25,7 +26,7 @@ NO_MANIFESTS = {
 
 def wanted(folder: Path, text: str = "raw", **parameters: object) -> dict:
     (folder / "raw.csv").write_text(text)
-    return made_of(fetch([str(folder / "raw.csv")], folder), parameters, [Path(__file__)])
+    return made_of(fetch([str(folder / "raw.csv")], folder), parameters, (), script=__file__)
 
 
 def written(folder: Path, rejected: int = 0) -> Path:
@@ -37,8 +38,7 @@ def written(folder: Path, rejected: int = 0) -> Path:
 
 
 def made(output: Path, wanted: dict, *, overwrite: bool = False, skip_bad_rows: bool = False) -> bool:
-    files = fetch([str(output.with_name("raw.csv"))], output.parent)
-    return is_made(output, files, wanted, overwrite=overwrite, skip_bad_rows=skip_bad_rows)
+    return is_made(output, wanted, overwrite=overwrite, skip_bad_rows=skip_bad_rows)
 
 
 def test_counts_add_up_and_rejected_rows_come_and_go(tmp_path, capsys):
@@ -158,3 +158,20 @@ def test_killed_between_manifest_and_table_the_next_run_goes_on_unasked(tmp_path
     assert ("writing it was interrupted: making it again" in capsys.readouterr().out) == old
     written(tmp_path)
     assert made(output, wanted(tmp_path, seed=1))
+
+
+def test_code_is_every_source_file_below_a_folder_wherever_that_lies(tmp_path):
+    hashes = set()
+    for name in ("one", "two"):
+        folder = tmp_path / name / "code"
+        (folder / "deep").mkdir(parents=True)
+        (folder / "a.py").write_text("a")
+        (folder / "deep/b.j2").write_text("b")
+        (folder / f"{name}.pyc").write_text(name)
+        hashes.add(code_hash(folder / "a.py", folder))
+    assert len(hashes) == 1
+    for path, text in ((folder / "a.py", "c"), (folder / "deep/b.j2", "c"), (folder / "new.ipynb", "")):
+        path.write_text(text)
+        hashes.add(code_hash(folder / "a.py", folder))
+    (folder / "new.ipynb").rename(folder / "newer.ipynb")
+    assert len(hashes | {code_hash(folder / "a.py", folder)}) == 5

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 
 from common.data.chats import MESSAGES
-from common.data.sources.frames import column_names, fetch, open_raw
+from common.data.sources import Raw, column_names, open_raw
+from common.data.sources.find import fetch
 
 SCHEMA = {"id": pl.String(), "turns": pl.List(pl.String()), "score?": pl.Float64()}
 ROWS = [
@@ -19,10 +20,15 @@ ROWS = [
 ]
 
 
+def open_as(schema: dict, path: Path | str, scratch: Path) -> Raw:
+    files = fetch([str(path)], scratch)
+    return open_raw([(file, schema, pl.LazyFrame.lazy) for file in files], scratch)
+
+
 def opened(path: Path | str, tmp_path: Path):
     scratch = tmp_path / "scratch"
     scratch.mkdir(exist_ok=True)
-    raw = open_raw(fetch([str(path)], scratch), SCHEMA, scratch)
+    raw = open_as(SCHEMA, path, scratch)
     return raw.frame.collect(), raw
 
 
@@ -106,7 +112,7 @@ def test_lone_surrogates_are_replaced_and_counted(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": "\\ud83d", "turns": ["\\ud83d\\ude00", "\\udc00"]}\n')
     frame, raw = opened(tmp_path / "a.jsonl", tmp_path)
     assert frame.row(0)[:2] == ("\ufffd", ["\U0001f600", "\ufffd"])
-    assert raw.num_repaired == 1
+    assert raw.notes == {"with a lone surrogate replaced by U+FFFD": 1}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +198,7 @@ def test_a_message_without_content_is_a_bad_row(tmp_path):
     good = {"role": "user", "content": None, "more": 1}
     rows = [{"chat": [good]}, {"chat": [good, {"role": "assistant", "text": "x"}]}, {"chat": [{}]}]
     (tmp_path / "a.jsonl").write_bytes(lines(rows))
-    raw = open_raw(fetch([str(tmp_path / "a.jsonl")], tmp_path), schema, tmp_path)
+    raw = open_as(schema, tmp_path / "a.jsonl", tmp_path)
     assert len(raw.frame.collect()) == 1
     assert raw.rejected.select("row", "reason", "detail").rows() == [
         (2, "missing field", "chat[1] has role, text, but no content"),

@@ -13,8 +13,8 @@ from samples import SOURCES, Source, chat, write_rows
 from common.console import clear_errors
 from common.data.chats import NOT_ALTERNATING
 from common.data.table import REJECTED_SCHEMA, read_comparisons
-from common.data_manifest import manifest_path
 from common.files import read_json
+from common.runs import manifest_path
 
 NUM_ROWS = 300
 

@@ -8,8 +8,8 @@ import pytest
 from helpers import run_script
 from samples import SOURCES, write_rows
 
-from common.data_manifest import manifest_path
 from common.files import read_json
+from common.runs import manifest_path
 
 NUM_ROWS = 600
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from helpers import key_of
+from helpers import few_or_many, key_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.data.sources.frames import fetch
+from common.data.sources.find import fetch
 from common.data.table import LABELS, SCHEMA, read_comparisons
 from common.data.votes_csv import LONE_SURROGATE
 from data_prep import external33k
@@ -104,8 +104,9 @@ VOTES = st.builds(
         "conversation_a": chat(question, a) if free is None else free,
         "conversation_b": chat(question, b),
     },
-    st.sampled_from(["1", "01", "2", "10", "9", "4294899228", "a", "b1", "é", "F"]),
-    TEXTS,
+    st.sampled_from(["1", "01", "2", "10", "9", "4294899228", "a", "b1", "é", "F"])
+    | st.integers(0, 300).map(str),
+    TEXTS | st.integers(0, 30).map(str),
     TEXTS,
     TEXTS,
     st.one_of(st.none(), st.none(), CHATS),
@@ -113,8 +114,8 @@ VOTES = st.builds(
 )
 
 
-@settings(max_examples=600, deadline=None)
-@given(rows=st.lists(VOTES, min_size=1, max_size=14), null=st.booleans())
+@settings(max_examples=140, deadline=None)
+@given(rows=few_or_many(VOTES), null=st.booleans())
 def test_random_votes_equal_a_slow_reader(tmp_path_factory, rows, null):
     if null:
         rows[0]["conversation_b"] = None
@@ -229,7 +230,7 @@ def test_neither_form_and_nothing_comparable_are_refused(tmp_path):
     with pytest.raises(ValueError, match="has the columns a; expected id, prompt, response_a, "):
         read(write(tmp_path / "x.jsonl", [{"a": 1}]), tmp_path / "s")
     rows = [vote(a=chat("Hi"))]
-    with pytest.raises(ValueError, match="none of the 1 votes can be compared"):
+    with pytest.raises(ValueError, match="none of the 1 rows can be compared"):
         read(write(tmp_path / "y.jsonl", rows), tmp_path / "t")
 
 

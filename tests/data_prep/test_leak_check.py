@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.data.near_duplicates import PAIRS_PER_CHUNK, jaccard, near_pairs, rows_per_band, shingles
-from common.data.sources.exclude import without_prompts
 from common.data.sources.find import find_tables
+from common.data.sources.made import without_prompts
 from common.data.table import SCHEMA, read_comparisons, swap, write_comparisons
 from data_prep.competition import with_folds
 from data_prep.leak_check import KINDS, LEAK_COLUMNS, Args, find_leaks, main, read_keys

@@ -1,15 +1,20 @@
-"""Which files of a folder are raw data, by the names they are published with, and which are our tables."""
+"""What names stand for: raw files in folders, on the hub and below data/; and our own tables beside them."""
 
+import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import polars as pl
 
-from common.data.table import SCHEMA
+from common.data.table import SCHEMA, reading, scan
+from common.files import file_hash
 
-LEAK_COLUMNS = ("kind", "kinds", "other_source", "other_id", "similarity")
-"""What `data_prep/leak_check.py` adds to the rows that it lists: such a table repeats rows of others."""
-
-
+KINDS = {".parquet": "parquet", ".csv": "csv", **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")}
+COMPRESSIONS = (".gz", ".zst")
+ENDINGS = ("", ".parquet", *(f".{kind}{end}" for kind in ("csv", "jsonl") for end in ("", *COMPRESSIONS)))
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREFERENCE_SETS = {
     "capybara": "argilla/Capybara-Preferences",  # *_rating (whole), *_model; several turns
     "pku_saferlhf": "RLHFlow/PKU-SafeRLHF-30K-standard",  # *_score
@@ -18,7 +23,23 @@ PREFERENCE_SETS = {
     "helpsteer": "RLHFlow/Helpsteer-preference-standard",  # *_score
 }
 """Short name, which becomes the column `source` -> hub id."""
-ENDINGS = ("", ".parquet", *(f".{kind}{end}" for kind in ("csv", "jsonl") for end in ("", ".gz", ".zst")))
+LEAK_COLUMNS = ("kind", "kinds", "other_source", "other_id", "similarity")
+"""What `data_prep/leak_check.py` adds to the rows that it lists: such a table repeats rows of others."""
+
+
+class RawFile(NamedTuple):
+    """One file that was asked for, in a folder or from the hub perhaps."""
+
+    path: Path
+    kind: str
+    """ "parquet", "csv" or "json": one object a line, whose fields may differ."""
+    description: dict[str, object]
+    """For a manifest: name, as the user knows it (a path, or a hub id), size in bytes and sha256."""
+
+    @property
+    def name(self) -> str:
+        """As in the description."""
+        return str(self.description["name"])
 
 
 def find_raw(folder: Path, *names: str) -> Path | None:
@@ -50,14 +71,109 @@ def is_leak_table(path: Path) -> bool:
     return columns_of(path).keys() >= set(LEAK_COLUMNS)
 
 
-def columns_of(path: Path) -> dict[str, pl.DataType]:
-    """Columns and types of a Parquet.
+def columns_of(path: Path, name: str = "") -> pl.Schema:
+    """Columns and types of a Parquet; ValueError, with `name` in place of its path, where it is broken."""
+    with reading(name or path):
+        return scan(path).collect_schema()
+
+
+def fetch(inputs: Sequence[str], scratch: Path) -> tuple[RawFile, ...]:
+    """Finds what is asked for: folders become their files, hub data sets temporary Parquets.
+
+    Args:
+        inputs: Paths, or hub ids OWNER/NAME (an existing path wins). A folder stands for the Parquets in it,
+            or if there are none the CSV and JSON lines files, by name; where some begin with "train", for
+            those.
+        scratch: Existing folder for temporary files.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: No input was given, or one is not there, is empty or of an unknown kind.
     """
+    if not inputs:
+        raise ValueError("no input was given; name files or a hub id (OWNER/NAME) with --input")
+    found: list[tuple[str, Path]] = []
+    for number, name in enumerate(inputs):
+        path = _expanded(name)
+        if path.is_dir():
+            found += [(str(file), file) for file in _files_of(path)]
+        elif path.exists() or path.is_symlink():
+            found.append((str(path), path))
+        else:
+            found.append((name, _from_hub(name, scratch / f"{number}.hub.parquet")))
+    return tuple(_described(name, path) for name, path in found)
+
+
+def _expanded(name: str) -> Path:
+    """The path that a name stands for; "~" is a home folder unless there is a file of just that name."""
+    if not name:
+        raise ValueError("an --input is empty; name a file, a folder or a hub id OWNER/NAME")
     try:
-        return dict(pl.scan_parquet(path, glob=False, hive_partitioning=False).collect_schema())
-    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} cannot be read as a Parquet: {first_line}; remove or remake it") from error
+        return Path(name) if os.path.lexists(name) else Path(name).expanduser()
+    except RuntimeError:  # no such user
+        return Path(name)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """A folder's files, as `fetch` takes them; ValueError for what cannot be read, lest its rows be lost."""
+    files = sorted(_walk(folder))
+    parquets = [file for file in files if file.suffix == ".parquet"]
+    found = parquets or [
+        file for file in files if re.search(r"\.(csv|jsonl|ndjson)(\.gz|\.zst)?$", file.name)
+    ]
+    if not found:
+        raise ValueError(f"{folder} holds no Parquet, CSV or JSON lines file; name another folder or a file")
+    return [file for file in found if file.name.startswith("train")] or found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Files below a folder, through links, but for hidden ones; broken links too, which nobody can read."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        is_loop = os.path.realpath(where) in seen
+        seen.add(os.path.realpath(where))
+        folders[:] = [] if is_loop else sorted(name for name in folders if name[0] != ".")
+        yield from (Path(where) / name for name in names if name[0] != "." and not is_loop)
+
+
+def _from_hub(name: str, target: Path) -> Path:
+    """The train split of a hub data set as Parquet."""
+    if not HUB_ID.fullmatch(name) or name.endswith((*KINDS, *COMPRESSIONS)):
+        raise ValueError(
+            f"{name} does not exist; expected a file, a folder or a hub id OWNER/NAME: put it there, or name "
+            "another"
+        )
+    import datasets  # slow to import, and only hub ids need it
+
+    try:
+        datasets.load_dataset(name, split="train").to_parquet(target)
+    except Exception as error:  # the library and its network stack raise anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"{name} is no file here, and was not fetched from the hub: {type(error).__name__}: {reason} "
+            "- check the name; accept the licence on its page and run hf auth login if it is gated; offline, "
+            "download it elsewhere and name its files"
+        ) from error
+    return target
+
+
+def _described(name: str, path: Path) -> RawFile:
+    ending = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
+    is_known = ending in KINDS and (ending != ".parquet" or ending == path.suffix)
+    if not path.is_file() or not is_known:
+        what = "has an ending that is not known" if path.is_file() else "is not a file"
+        raise ValueError(
+            f"{path} {what}; expected {', '.join(KINDS)}, the text ones also with {' or '.join(COMPRESSIONS)}"
+        )
+    if not (size := path.stat().st_size):
+        raise ValueError(f"{path} is empty; get the file again")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the file name {name!r} is not UTF-8, so no manifest holds it; rename it"
+        ) from error
+    return RawFile(path, KINDS[ending], {"name": name, "bytes": size, "sha256": file_hash(path)})

@@ -1,22 +1,15 @@
 """Comparisons in the competition's columns, from raw files of any kind."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import polars as pl
 
 from common.console import say
-from common.data.sources.frames import (
-    PLACES,
-    Raw,
-    RawFile,
-    check_raw,
-    column_names,
-    merge,
-    open_file,
-    reading,
-)
-from common.data.table import LABELS, SCHEMA, TEXTS, ReadReport
+from common.data.sources import PLACES, Raw, check_raw, column_names, open_raw
+from common.data.sources.find import RawFile
+from common.data.table import LABELS, SCHEMA, TEXTS, ReadReport, reading
 
 MODELS = ("model_a", "model_b")
 COLUMNS = {
@@ -30,7 +23,7 @@ def open_competition(files: Sequence[RawFile], source: str, scratch: Path) -> Ra
     """Opens files with id, prompt, response_a, response_b, and the models and the votes if they have them.
 
     Args:
-        files: As of `common.data.sources.frames.fetch`; texts are lists, or hold JSON lists.
+        files: As of `common.data.sources.find.fetch`; texts are lists, or hold JSON lists.
         source: Value of the column `source`.
         scratch: Existing folder for temporary files.
 
@@ -40,16 +33,13 @@ def open_competition(files: Sequence[RawFile], source: str, scratch: Path) -> Ra
     Raises:
         ValueError: A file cannot be read, lacks a column, has it in another type, or some of the labels only.
     """
-    raws = [
-        open_file(file, _schema_of(file), scratch / f"competition-{number}.parquet")
-        for number, file in enumerate(files)
-    ]
-    return merge(raws, [to_comparisons(raw.frame, source) for raw in raws])
+    shaped = partial(to_comparisons, source=source)
+    return open_raw([(file, _schema_of(file), shaped) for file in files], scratch)
 
 
 def _schema_of(file: RawFile) -> dict[str, pl.DataType]:
     found = column_names(file)
-    is_voted_on = any(name in found for name in LABELS) and not file.is_json_lines
+    is_voted_on = file.kind != "json" and any(name in found for name in LABELS)
     columns = COLUMNS | {f"{name}{'' if is_voted_on else '?'}": pl.Float64() for name in LABELS}
     used = {name.removesuffix("?") for name in columns}
     if used & set(found) and (others := [name for name in found if name not in used]):
@@ -57,7 +47,7 @@ def _schema_of(file: RawFile) -> dict[str, pl.DataType]:
     return columns
 
 
-def to_comparisons(frame: pl.LazyFrame, source: str, *further: str) -> pl.LazyFrame:
+def to_comparisons(frame: pl.LazyFrame, *further: str, source: str) -> pl.LazyFrame:
     """`SCHEMA` (fold null), `PLACES` and `further` columns; "" is no model's name."""
     return frame.select(
         "id",
@@ -85,7 +75,7 @@ def read_competition(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataF
         ValueError: There is no row, none is good, or (without `skip_bad_rows`) one is bad: malformed JSON,
             unequal turn counts, labels that do not sum to 1, a repeated id.
     """
-    with reading(raw.names):
+    with reading(*raw.names):
         rows = raw.frame.collect()
     frame, report = check_raw(raw, rows, skip_bad_rows=skip_bad_rows)
     return frame.select(SCHEMA.names()).sort(*id_order()), report
