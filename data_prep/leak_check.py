@@ -22,9 +22,9 @@ and besides, whichever of the first three it is, as
 The output lists of each pair the side to take out. That is never a row of test.csv, and a row with a fold (it
 is scored) only where the other side has one too or is of test.csv; else it is the later table, source, id. A
 comparison stands there once, with all its `kinds` (fold, exact, swapped, prompt, near; the first of them is
-its `kind`) and, as the other side, the first row that makes such a pair with it. The file is a comparison table
-and serves as --exclude of the scripts that make the listed tables. That goes by prompt and takes out every
-copy: make the file with --between-sources where several votes on one prompt should stay.
+its `kind`) and, as the other side, the first row that makes such a pair with it. The file is a comparison
+table and serves as --exclude of the scripts that make the listed tables. That goes by prompt and takes out
+every copy: make the file with --between-sources where several votes on one prompt should stay.
 """
 
 from dataclasses import dataclass
