@@ -34,14 +34,20 @@ class Run:
     is_complete: bool
 
     @classmethod
-    def open(cls, folder: Path, *, recipe: dict[str, object], inputs: dict[str, object]) -> "Run":
+    def open(
+        cls, folder: Path, *, recipe: dict[str, object], inputs: dict[str, object], code: str | None = None
+    ) -> "Run":
         """Opens a folder for a recipe: new, to be continued, or already complete. Writes nothing.
+
+        Args:
+            code: Hash of the code that makes it; a complete run of other code is made again, never refused.
 
         Raises:
             ValueError: The folder holds a run with another recipe or other inputs (the field is named), or
                 files that are no run.
         """
         description = json.loads(json.dumps({"recipe": recipe, "inputs": inputs}))
+        description |= {} if code is None else {"code": code}
         path = folder / "run.json"
         if not path.is_file():
             if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -55,7 +61,8 @@ class Run:
                 f"{folder} holds a run in which {field} is {theirs}; here it is {ours}. Nothing was changed: "
                 "write elsewhere (--output; of evaluate, --name), or move that folder away"
             )
-        return cls(folder=folder, description=description, is_complete=stored.get("status") == "complete")
+        is_complete = stored.get("status") == "complete" and stored.get("code") == code
+        return cls(folder=folder, description=description, is_complete=is_complete)
 
     def begin(self) -> None:
         """Writes run.json (first process only)."""
