@@ -13,13 +13,15 @@ from accelerate import Accelerator
 
 from common.batching import FILLER_ROW, Sample
 from common.console import progress
-from common.data.table import labels_array, table_hash
+from common.data.table import TEXTS, labels_array, table_hash
 from common.files import read_json, replacing_folder, text_hash, write_json
 from common.prompts import FORMATS, ORDERS, Format, Order, Prompter
 
 Swap = Literal["full", "random", "none"]
 Orders = tuple[Order, ...] | Literal["random"]
 ROWS_PER_CHUNK = 512
+NO_BUDGET = 2**40
+"""Tokens that no conversation has."""
 
 COLUMNS = pa.schema(
     {
@@ -192,7 +194,7 @@ def _variants(
     orders: Orders,
     seed: int,
 ) -> Iterator[dict[str, object]]:
-    texts = chunk.select("prompt", "response_a", "response_b").rows()
+    texts = chunk.select(TEXTS).rows()
     keys = chunk.select("source", "id").rows()
     for i, (comparison, key) in enumerate(zip(prompter.tokenise(texts), keys, strict=True)):
         for format in formats:
@@ -209,3 +211,20 @@ def _variants(
 def _random_order(seed: int, source: str, key: str) -> Order:
     """One of the two orders, by a hash that neither row order nor process changes."""
     return ORDERS[int(text_hash(str(seed), source, key)[0], 16) % 2]
+
+
+def count_tokens(frame: pl.DataFrame, prompter: Prompter) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each comparison as a PAB sequence, whole and as the prompter's budget cuts it.
+
+    Returns:
+        Two arrays, int64 [comparisons].
+    """
+    whole = Prompter(prompter.tokenizer, conversation_tokens=NO_BUDGET)
+    counts = []
+    with progress("tokenising", len(frame), "comparisons") as advance:
+        for chunk in frame.select(TEXTS).iter_slices(ROWS_PER_CHUNK):
+            for tokenised in whole.tokenise(chunk.rows()):
+                counts.append([len(one.render(tokenised).input_ids) for one in (whole, prompter)])
+            advance(len(chunk))
+    before, after = np.array(counts, dtype=np.int64).T
+    return before, after

@@ -1,7 +1,7 @@
 """A small synthetic arena in the competition's CSV form, and two tiny checkpoints: all runs anywhere.
 
 In    nothing; or --train-csv, real votes, for which only checkpoints are made (their tokenizers on those)
-Out   artifacts/demo/raw/ : train.csv, pool.csv, test.csv, truth.parquet (true probabilities), arena.json
+Out   artifacts/demo/raw/ : train.csv, pool.csv, test.csv, truth.parquet (true probabilities), run.json
       artifacts/demo/models/tiny-gemma, tiny-llama : random weights in the published file formats
 Run   python data_prep/demo_arena.py
 
@@ -15,7 +15,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,20 +23,13 @@ import polars as pl
 import torch
 from huggingface_hub import save_torch_state_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    Gemma2Config,
-    Gemma2Model,
-    LlamaConfig,
-    LlamaModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModel, Gemma2Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from common.console import cli, say
 from common.data.table import LABELS
-from common.files import file_hash, read_json, replacing, replacing_folder, write_json
+from common.files import file_hash, replacing, replacing_folder
 from common.prompts import INSTRUCTION, PIECES
+from common.runs import Run
 
 GOOD = "careful lucid honest exact gentle vivid sound fresh warm tidy brave wise".split()
 BAD = "sloppy murky false crude stale hollow rude weak clumsy bitter lazy vague".split()
@@ -118,19 +111,15 @@ class Battle(NamedTuple):
 
 
 def main(args: Args) -> None:
-    settings = asdict(args) | {"output": None, "train_csv": args.train_csv and file_hash(args.train_csv)}
-    marker = args.output / "raw" / "arena.json"
-    if marker.is_file():
-        stored = read_json(marker)
-        if stored == settings:
-            say(f"{args.output / 'raw'} and {args.output / 'models'} are up to date")
-            return
-        differing = [f"{k} is {stored.get(k)}, here {v}" for k, v in settings.items() if stored.get(k) != v]
-        raise ValueError(f"{marker} describes another arena: {'; '.join(differing)}; choose another --output")
-    texts = write_arena(args) if args.train_csv is None else texts_of(args.train_csv)
-    make_checkpoints(texts, args.output / "models", args.seed)
-    write_json(marker, settings)
-    say(f"{args.output / 'raw'} and {args.output / 'models'} are complete")
+    recipe = {name: getattr(args, name) for name in ("num_train", "num_pool", "num_test", "seed")}
+    inputs = {"train_csv": args.train_csv and file_hash(args.train_csv)}
+    run = Run.open(args.output / "raw", recipe=recipe, inputs=inputs)
+    if not run.is_complete:
+        run.begin()
+        texts = write_arena(args) if args.train_csv is None else texts_of(args.train_csv)
+        make_checkpoints(texts, args.output / "models", args.seed)
+        run.finish({})
+    say(f"{run.folder} and {args.output / 'models'} are {'up to date' if run.is_complete else 'complete'}")
 
 
 def write_arena(args: Args) -> list[str]:
@@ -234,7 +223,25 @@ def make_checkpoints(texts: list[str], folder: Path, seed: int) -> None:
     tiny-llama imitates ArmoRM: fp32, two shards, and tensors of a reward head that a loader must drop.
     """
     tokenizer = train_tokenizer(texts, GEMMA_CONTROL, GEMMA_TEMPLATE)
-    shape = {
+    shape = {**shape_for(tokenizer), "sliding_window": 32, "query_pre_attn_scalar": 16}
+    gemma = Gemma2Config(**shape, architectures=["Gemma2ForCausalLM"])
+    write_checkpoint(folder / "tiny-gemma", gemma, tokenizer, seed, {}, "1GB")
+
+    tokenizer = train_tokenizer(texts, LLAMA_CONTROL, LLAMA_TEMPLATE)
+    shape = {**shape_for(tokenizer), "rope_theta": 500_000.0}
+    llama = LlamaConfig(**shape, architectures=["LlamaForRewardModelWithGating"])
+    reward_head = {
+        "regression_layer.weight": torch.zeros(19, 64),
+        "reward_transform_matrix": torch.eye(19),
+        "gating.layers.0.weight": torch.zeros(32, 64),
+        "gating.layers.0.bias": torch.zeros(32),
+    }
+    write_checkpoint(folder / "tiny-llama", llama, tokenizer, seed + 1, reward_head, "400KB")
+
+
+def shape_for(tokenizer: PreTrainedTokenizerFast) -> dict[str, object]:
+    """Fields of a config: two narrow layers, and what a tokenizer says."""
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 192,
@@ -243,32 +250,13 @@ def make_checkpoints(texts: list[str], folder: Path, seed: int) -> None:
         "num_key_value_heads": 2,
         "head_dim": 16,
         "initializer_range": 0.07,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        **{name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     }
-    gemma = Gemma2Config(
-        **shape, sliding_window=32, query_pre_attn_scalar=16, architectures=["Gemma2ForCausalLM"]
-    )
-    write_checkpoint(folder / "tiny-gemma", gemma, Gemma2Model, tokenizer, seed, {}, "1GB")
-
-    tokenizer = train_tokenizer(texts, LLAMA_CONTROL, LLAMA_TEMPLATE)
-    names = ("pad_token_id", "bos_token_id", "eos_token_id")
-    shape |= {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
-    llama = LlamaConfig(**shape, rope_theta=500_000.0, architectures=["LlamaForRewardModelWithGating"])
-    reward_head = {
-        "regression_layer.weight": torch.zeros(19, 64),
-        "reward_transform_matrix": torch.eye(19),
-        "gating.layers.0.weight": torch.zeros(32, 64),
-        "gating.layers.0.bias": torch.zeros(32),
-    }
-    write_checkpoint(folder / "tiny-llama", llama, LlamaModel, tokenizer, seed + 1, reward_head, "400KB")
 
 
 def write_checkpoint(
     folder: Path,
     config: PreTrainedConfig,
-    backbone: type[PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
     extra: dict[str, torch.Tensor],
@@ -276,11 +264,11 @@ def write_checkpoint(
 ) -> None:
     """Writes config, safetensors and tokenizer of a randomly initialised backbone, all or nothing."""
     torch.manual_seed(seed)
-    state = {f"model.{name}": tensor for name, tensor in backbone(config).state_dict().items()} | extra
+    state = {f"model.{name}": tensor for name, tensor in AutoModel.from_config(config).state_dict().items()}
     with replacing_folder(folder) as temporary:
         config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        save_torch_state_dict(state, temporary, max_shard_size=max_shard_size)
+        save_torch_state_dict(state | extra, temporary, max_shard_size=max_shard_size)
 
 
 GEMMA_CONTROL = {

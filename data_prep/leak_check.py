@@ -21,10 +21,10 @@ and besides, whichever of the first three it is, as
 
 The output lists of each pair the side to take out. That is never a row of test.csv, and a row with a fold (it
 is scored) only where the other side has one too or is of test.csv; else it is the later table, source, id. A
-comparison stands there once, with all its `kinds`; `kind` is the gravest, and the other side is the first one
-of that kind in another source, or else in its own. The file is a comparison table and serves as --exclude of
-the scripts that make the listed tables. That goes by prompt and takes out every copy: make the file with
---between-sources where several votes on one prompt should stay.
+comparison stands there once, with all its `kinds` (fold, exact, swapped, prompt, near; the first of them is
+its `kind`) and, as the other side, the first row that makes such a pair with it. The file is a comparison
+table and serves as --exclude of the scripts that make the listed tables. That goes by prompt and takes out
+every copy: make the file with --between-sources where several votes on one prompt should stay.
 """
 
 from dataclasses import dataclass
@@ -46,15 +46,24 @@ from common.data.table import SCHEMA, read_comparisons, write_comparisons
 
 Kind = Literal["fold", "exact", "swapped", "prompt", "near"]
 KINDS: tuple[Kind, ...] = ("fold", "exact", "swapped", "prompt", "near")
-"""Gravest first: the one that an output row's other side belongs to."""
+SAME = {
+    "same_prompt": (),
+    "same_answers": (pl.min_horizontal("a", "b"), pl.max_horizontal("a", "b")),
+    "same_order": ("a", "b"),
+    "same_use": ("is_test",),
+    "same_fold": ("is_test", "fold"),
+}
+"""Groups of rows that agree in the prompt and in these."""
+NESTED: dict[Kind, tuple[str, str]] = {
+    "fold": ("same_use", "same_fold"),
+    "exact": ("same_order", "row"),
+    "swapped": ("same_answers", "same_order"),
+    "prompt": ("same_prompt", "same_answers"),
+}
+"""The pairs of a kind are in one group of the first sort, but not of the second, which is finer."""
 DATA = Path("artifacts/data")
 TESTS = (Path("data/test.csv"), DATA / "test.parquet")
 """Where the rows to answer lie, raw or prepared: the first that is there."""
-FIRST, SECOND, LAST = 0, 1, 2
-"""Protection of a row of test.csv, a row with a fold, any other."""
-SAME_PROMPT = ["prompt"]
-SAME_CONTENT = ["prompt", "low", "high"]
-SAME_ALL = ["prompt", "low", "high", "is_flipped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +124,14 @@ def read_keys(
     """What the search needs of each comparison, table by table: keys instead of texts.
 
     Returns:
-        Rows, those to be protected first: `source`, `place` of the source in the order of the files, `id`,
-        `fold` (-1: none), `is_test`, `prompt` (its index in the second value), `low`, `high` (the keys of
-        the answers, the lesser first), `is_flipped`. And the joined user turns of each different prompt.
+        Rows, those to be protected first: `row` (its number), `source`, `place` of the source in the order of
+        the files, `id`, `is_test`, `prompt` (its index in the second value), and the groups of `SAME`, each
+        named by its first row. And the joined user turns of each different prompt.
 
     Raises:
         ValueError: A file cannot be read, or two hold the same key.
     """
-    frames, texts = [], []
+    frames = []
     for i, path in enumerate([*([test] if test else []), *tables]):
         is_test = i == 0 and test is not None
         frame = read_test(path) if is_test else read_comparisons(path, skip_bad_rows=skip_bad_rows)[0]
@@ -132,32 +141,27 @@ def read_keys(
             pl.col("fold").fill_null(-1),
             is_test=pl.lit(is_test),
             file=pl.lit(i),
-            prompt_key=stable_key(pl.col("prompt")),
+            text=pl.col("prompt").list.join("\n", ignore_nulls=True).fill_null(""),
+            key=stable_key(pl.col("prompt")),
             a=stable_key(pl.col("response_a")),
             b=stable_key(pl.col("response_b")),
         )
-        joined = frame.select(text=pl.col("prompt").list.join("\n", ignore_nulls=True).fill_null(""))
-        texts.append(keys.select("prompt_key").hstack(joined).unique("prompt_key"))
         frames.append(keys)
     rows = pl.concat(frames)
     repeated = rows.filter(pl.struct("source", "id").is_duplicated())
     if len(repeated):
         source, key = repeated.select("source", "id").row(0)
         raise ValueError(f"two tables hold source {source} id {key} ({len(repeated):,} rows); leave one out")
-    prompts = pl.concat(texts).unique("prompt_key").sort("prompt_key").with_row_index("prompt")
-    protection = pl.when("is_test").then(FIRST).when(pl.col("fold") >= 0).then(SECOND).otherwise(LAST)
     rows = (
-        rows.join(prompts.drop("text"), on="prompt_key")
-        .with_columns(pl.col("file").min().over("source"), is_flipped=pl.col("a") > pl.col("b"))
-        .with_columns(
-            low=pl.when("is_flipped").then("b").otherwise("a"),
-            high=pl.when("is_flipped").then("a").otherwise("b"),
-        )
-        .sort(protection, "file", "source", "id")
+        rows.sort(pl.col("file").min().over("source"), "source")
+        .with_columns(place=pl.col("source").rle_id())
+        .sort(~pl.col("is_test"), pl.col("fold") < 0, "place", "id")
+        .with_row_index("row")
+        .with_columns(pl.col("row").first().over("key", *by).alias(name) for name, by in SAME.items())
+        .with_columns(prompt=pl.col("same_prompt").rank("dense") - 1)
     )
-    sources = rows.select("file", "source").unique().sort("file", "source").with_row_index("place")
-    rows = rows.join(sources.drop("file"), on="source", maintain_order="left")
-    return rows.drop("prompt_key", "a", "b", "file").with_row_index("row"), prompts["text"]
+    texts = rows.filter(pl.col("row") == pl.col("same_prompt"))["text"]
+    return rows.select("row", "source", "place", "id", "is_test", "prompt", *SAME), texts
 
 
 def read_test(path: Path) -> pl.DataFrame:
@@ -185,132 +189,87 @@ def find_leaks(
         Counts (`source`, `other_source`, a column a kind; all pairs of sources), and the comparisons to take
         out (`source`, `id`, `LEAK_COLUMNS`; one row each, by source and id).
     """
-    trained = rows.filter(~pl.col("is_test"))
-    near, near_partners = _find_near(rows, texts, near_threshold)
-    same_prompt, same_content = _count(rows, SAME_PROMPT), _count(rows, SAME_CONTENT)
-    exact = _count(rows, SAME_ALL)
-    counts = {
-        "exact": exact,
-        "swapped": same_content - exact,
-        "prompt": same_prompt - same_content,
-        "near": near,
-        "fold": _count(trained, SAME_PROMPT) - _count(trained, [*SAME_PROMPT, "fold"]),
-    }
-    partners = {
-        "exact": _partners(rows, SAME_ALL),
-        "swapped": _partners(rows, SAME_CONTENT, "is_flipped"),
-        "prompt": _partners(rows, SAME_PROMPT, "low", "high"),
-        "near": near_partners,
-        "fold": _partners(trained, SAME_PROMPT, "fold"),
-    }
-    sources = rows.select("place", "source").unique().sort("place")["source"].to_list()
+    counts, partners = {}, {}
+    for kind, (same, different) in NESTED.items():
+        between = between_sources and kind != "fold"
+        counts[kind] = _count(rows, same, between) - _count(rows, different, between)
+        partners[kind] = _partners(rows, same, different, between)
+    counts["near"], partners["near"] = _find_near(rows, texts, near_threshold, between_sources)
+    sources = rows.unique("place").sort("place")["source"].to_list()
     pairs = combinations_with_replacement(range(len(sources)), 2)
-    if between_sources:
-        for kind in set(KINDS) - {"fold"}:
-            np.fill_diagonal(counts[kind], 0)
     table = [(sources[i], sources[j], *(int(counts[kind][i, j]) for kind in KINDS)) for i, j in pairs]
-    schema = {"source": pl.String, "other_source": pl.String, **dict.fromkeys(KINDS, pl.Int64)}
-    leaks = _describe(rows, partners, between_sources=between_sources)
-    return pl.DataFrame(table, schema=schema, orient="row"), leaks
+    columns = ("source", "other_source", *KINDS)
+    return pl.DataFrame(table, schema=columns, orient="row"), _describe(rows, partners)
 
 
-def _count(rows: pl.DataFrame, group: list[str]) -> np.ndarray:
-    """Pairs of rows that agree in all columns of `group`, int64 [sources, sources], the upper half used."""
-    sizes = rows.group_by(*group, "place").len().with_columns(pl.col("len").cast(pl.Int64))
-    pairs = (
-        sizes.join(sizes, on=group, suffix="_other")
-        .filter(pl.col("place") <= pl.col("place_other"))
-        .with_columns(
-            pairs=pl.when(pl.col("place") == pl.col("place_other"))
-            .then(pl.col("len") * (pl.col("len") - 1) // 2)
-            .otherwise(pl.col("len") * pl.col("len_other"))
-        )
-        .group_by("place", "place_other")
-        .agg(pl.col("pairs").sum())
-    )
-    counts = np.zeros((_num_sources(rows),) * 2, dtype=np.int64)
-    for i, j, number in pairs.iter_rows():
-        counts[i, j] = number
-    return counts
+def _count(rows: pl.DataFrame, group: str, between_sources: bool) -> np.ndarray:
+    """Pairs of rows within the groups of a sort, float64 [sources, sources], the upper half used."""
+    sizes = _sizes(rows, group)
+    products = sizes.T @ sizes
+    within = (np.diag(products) - sizes.sum(0)) / 2
+    return np.triu(products, 1) + np.diag(within) * (not between_sources)
 
 
-def _num_sources(rows: pl.DataFrame) -> int:
-    return int(rows["place"].max()) + 1
+def _sizes(rows: pl.DataFrame, group: str) -> np.ndarray:
+    """Rows of each group from each source, float64 [groups, sources]."""
+    groups, places = rows[group].to_numpy(), rows["place"].to_numpy()
+    sizes = np.zeros((groups.max() + 1, places.max() + 1))
+    np.add.at(sizes, (groups, places), 1)
+    return sizes
 
 
-def _partners(rows: pl.DataFrame, group: list[str], *differing: str) -> pl.DataFrame:
-    """The first earlier row with the same `group` and another `differing`, in another source if there is one.
+def _partners(rows: pl.DataFrame, same: str, different: str, between_sources: bool) -> pl.DataFrame:
+    """Of each row the first earlier one in the same group of one sort and in another one of a finer sort.
 
     Returns:
         `row`, `other_row`, `similarity`: one row a row that has such a partner.
     """
-    rows = rows.select("row", "place", *group, *differing).filter(pl.len().over(group) > 1)
-    # of each source the first two rows that differ: one of them differs from any given row
-    firsts = (
-        rows.unique([*group, *differing, "place"], keep="first", maintain_order=True)
-        .group_by(*group, "place", maintain_order=True)
-        .head(2)
+    # of each source the first two that differ: one of them differs from any given row
+    differing = rows.unique([different, "place"], keep="first", maintain_order=True)
+    firsts = differing.group_by(same, "place", maintain_order=True).head(2)
+    found = rows.join(firsts, on=same, suffix="_other").filter(
+        pl.col("row_other") < pl.col("row"),
+        pl.col(f"{different}_other") != pl.col(different),
+        (pl.col("place_other") != pl.col("place")) | (not between_sources),
     )
-    found = rows.join(firsts, on=group, suffix="_other").filter(pl.col("row_other") < pl.col("row"))
-    if differing:
-        found = found.filter(pl.any_horizontal(pl.col(name) != pl.col(f"{name}_other") for name in differing))
-    return _best(found).with_columns(similarity=pl.lit(1.0))
+    return found.group_by("row").agg(other_row=pl.col("row_other").min(), similarity=pl.lit(1.0))
 
 
-def _best(found: pl.DataFrame) -> pl.DataFrame:
-    """One partner a row: in another source before its own, then the first."""
-    return (
-        found.sort("row", pl.col("place") == pl.col("place_other"), "row_other")
-        .unique("row", keep="first", maintain_order=True)
-        .select("row", other_row="row_other")
-    )
-
-
-def _find_near(rows: pl.DataFrame, texts: pl.Series, threshold: float) -> tuple[np.ndarray, pl.DataFrame]:
+def _find_near(
+    rows: pl.DataFrame, texts: pl.Series, threshold: float, between_sources: bool
+) -> tuple[np.ndarray, pl.DataFrame]:
     """Counts of near pairs as of `_count`, and partners as of `_partners`; memory as small as the prompts."""
-    shape = (len(texts), _num_sources(rows))
-    prompt, place = rows["prompt"].to_numpy(), rows["place"].to_numpy()
-    sizes, first, best = np.zeros(shape), np.full(shape, len(rows)), np.full(shape, len(rows))
-    np.add.at(sizes, (prompt, place), 1)
-    np.minimum.at(first, (prompt, place), np.arange(len(rows)))
-    sets, products = shingles(texts), np.zeros((shape[1],) * 2)
+    row, place, prompt = (rows[name].to_numpy().astype(np.int64) for name in ("row", "place", "prompt"))
+    sizes = _sizes(rows, "prompt")
+    first, near = (np.full(sizes.shape, len(rows)) for _ in range(2))
+    np.minimum.at(first, (prompt, place), row)
+    sets, products = shingles(texts), np.zeros((sizes.shape[1],) * 2)
     if num_empty := int((sets.list.len() == 0).sum()):
         say(f"{num_empty:,} prompts are empty and are not compared for near-duplicates")
     for left, right, _ in near_pairs(sets, threshold=threshold):
         products += sizes[left].T @ sizes[right]
-        np.minimum.at(best, left, first[right])
-        np.minimum.at(best, right, first[left])
-    counts = np.triu(products + products.T, 1) + np.diag(np.diag(products))
-    candidates = pl.concat(
-        pl.DataFrame({"row": rows["row"], "place": place, "row_other": best[prompt, other]}).with_columns(
-            place_other=pl.lit(other)
-        )
-        for other in range(shape[1])
-    )
-    partners = _best(candidates.filter(pl.col("row_other") < pl.col("row")))
-    ends = (prompt[partners[name].to_numpy()].astype(np.int64) for name in ("row", "other_row"))
-    similarity = pl.Series("similarity", jaccard(sets, *ends), dtype=pl.Float64)
-    return counts.astype(np.int64), partners.cast(pl.UInt32).with_columns(similarity)
-
-
-def _describe(
-    rows: pl.DataFrame, partners: dict[Kind, pl.DataFrame], *, between_sources: bool
-) -> pl.DataFrame:
-    """One row a comparison to take out: its kinds, and the partner of the gravest."""
-    found = pl.concat(
-        partners[kind].with_columns(kind=pl.lit(kind), gravity=pl.lit(i)) for i, kind in enumerate(KINDS)
-    )
-    names = rows.select("row", "source", "id")
-    found = found.join(names.filter(~rows["is_test"]), on="row").join(
-        names.select(other_row="row", other_source="source", other_id="id"), on="other_row"
-    )
+        np.minimum.at(near, left, first[right])
+        np.minimum.at(near, right, first[left])
+    counts = np.triu(products + products.T, 1) + np.diag(np.diag(products)) * (not between_sources)
+    others = near[prompt]
     if between_sources:
-        found = found.filter((pl.col("source") != pl.col("other_source")) | (pl.col("kind") == "fold"))
-    kinds = pl.col("kind").sort_by("gravity").over("source", "id", mapping_strategy="join")
+        others[row, place] = len(rows)
+    other = others.min(axis=1)
+    row, other = row[other < row], other[other < row]
+    found = {"row": row, "other_row": other, "similarity": jaccard(sets, prompt[row], prompt[other])}
+    return counts, pl.DataFrame(found).cast({"row": pl.UInt32, "other_row": pl.UInt32})
+
+
+def _describe(rows: pl.DataFrame, partners: dict[Kind, pl.DataFrame]) -> pl.DataFrame:
+    """One row a comparison to take out: its kinds, and the partner of the first one."""
+    names = rows.select("row", "source", "id")
     return (
-        found.with_columns(kinds=kinds)
-        .sort("source", "id", "gravity")
-        .unique(("source", "id"), keep="first", maintain_order=True)
+        pl.concat(partners[kind].with_columns(kind=pl.lit(kind)) for kind in KINDS)
+        .group_by("row", maintain_order=True)
+        .agg(pl.col("kind", "other_row", "similarity").first(), kinds=pl.col("kind"))
+        .join(names.filter(~rows["is_test"]), on="row")
+        .join(names.select(pl.all().name.prefix("other_")), on="other_row")
+        .sort("source", "id")
         .select("source", "id", *LEAK_COLUMNS)
     )
 

@@ -13,13 +13,15 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import polars as pl
+
 from common.console import cli, say, show_table
 from common.data.sources.find import PREFERENCE_SETS, find_raw
-from common.files import read_json
 from common.runs import manifest_path
 
 FOLDER = Path(__file__).resolve().parent
@@ -86,58 +88,49 @@ class Args:
 
 def main(args: Args) -> None:
     output = args.artifacts / "data"
-    rows, num_found = [], 0
+    tables = {source.table: output / f"{source.table}.parquet" for source in SOURCES}
+    states = {}
     for source in SOURCES:
         inputs, missing = find_inputs(source, args)
-        table = output / f"{source.table}.parquet"
         if missing:
             names = ", ".join(" or ".join(part) for part in missing)
             way_out = "; --hub would fetch it" if source.hub else ""
             say(f"{source.table}: not in {args.data}: {names}{way_out}")
-        if not inputs:
-            rows.append((source.table, "raw files missing"))
-            continue
-        num_found += 1
-        made = make(source, inputs, table, args)
-        parts = f", of {len(inputs)} of {len(source.raw)} sets" if missing else ""
-        rows.append((source.table, f"{made}{parts}"))
-    if not num_found:
+        if inputs:
+            states[source.table] = make(source, inputs, tables, args)
+            states[source.table] += f", of {len(inputs)} of {len(source.raw)} sets" if missing else ""
+    if not states:
         names = ", ".join(" or ".join(part) for source in SOURCES for part in source.raw)
         raise ValueError(f"{args.data} holds none of {names}; docs/data.md says where they are published")
-    run("summary.py", "--output", output, "--input", *existing(output))
-    show_table(
-        f"{output}",
-        ("table", "comparisons", "state"),
-        [(name, count(output / f"{name}.parquet"), s) for name, s in rows],
-    )
+    there = {name: table for name, table in tables.items() if table.is_file()}
+    run("summary.py", "--output", output, "--input", *there.values())
+    counts = {name: f"{pl.scan_parquet(t).select(pl.len()).collect().item():,}" for name, t in there.items()}
+    rows = [(name, counts.get(name), states.get(name, "raw files missing")) for name in tables]
+    show_table(f"{output}", ("table", "comparisons", "state"), rows)
 
 
 def find_inputs(source: Source, args: Args) -> tuple[list[str], list[tuple[str, ...]]]:
     """What is there of a table's raw files, with --hub the ids of the others; and the parts that are not."""
-    found, missing = [], []
-    for i, names in enumerate(source.raw):
-        here = find_raw(args.data, *names)
-        if here is not None:
-            found.append(str(here))
-        elif args.hub and source.hub:
-            found.append(source.hub[i])
-        else:
-            missing.append(names)
-    return found, missing
+    hub = source.hub if args.hub and source.hub else [None] * len(source.raw)
+    found = [
+        find_raw(args.data, *names) or elsewhere for names, elsewhere in zip(source.raw, hub, strict=True)
+    ]
+    missing = [names for names, one in zip(source.raw, found, strict=True) if one is None]
+    return [str(one) for one in found if one is not None], missing
 
 
-def make(source: Source, inputs: list[str], table: Path, args: Args) -> str:
+def make(source: Source, inputs: list[str], tables: Mapping[str, Path], args: Args) -> str:
     """Runs a source's script; says whether it made something."""
-    before = manifest_path(table).stat().st_mtime_ns if manifest_path(table).is_file() else None
-    tables = [table.with_name(f"{name}.parquet") for name in source.exclude]
-    exclude = [path for path in tables if path.is_file()] + list(args.exclude if source.exclude else ())
-    flags = ["--exclude", *exclude] if exclude else []
+    manifest = manifest_path(tables[source.table])
+    before = manifest.stat().st_mtime_ns if manifest.is_file() else None
+    exclude = [tables[name] for name in source.exclude if tables[name].is_file()]
+    exclude += args.exclude if source.exclude else ()
+    flags = [*source.flags, *(["--exclude", *exclude] if exclude else [])]
     flags += ["--skip-bad-rows"] * args.skip_bad_rows + ["--overwrite"] * args.overwrite
     began = time.monotonic()
-    run(source.script, "--input", *inputs, "--output", table, *source.flags, *flags)
-    if before == manifest_path(table).stat().st_mtime_ns:
-        return "up to date"
-    return f"made in {time.monotonic() - began:,.0f} s"
+    run(source.script, "--input", *inputs, "--output", tables[source.table], *flags)
+    is_new = manifest.stat().st_mtime_ns != before
+    return f"made in {time.monotonic() - began:,.0f} s" if is_new else "up to date"
 
 
 def run(script: str, *arguments: object) -> None:
@@ -146,18 +139,6 @@ def run(script: str, *arguments: object) -> None:
     say(f"$ {shlex.join(['python', f'data_prep/{script}', *command[2:]])}")
     if status := subprocess.run(command).returncode:
         raise ValueError(f"data_prep/{script} ended with status {status}; what is wrong stands above")
-
-
-def existing(output: Path) -> list[Path]:
-    """The tables that are there."""
-    tables = (output / f"{source.table}.parquet" for source in SOURCES)
-    return [table for table in tables if table.is_file()]
-
-
-def count(table: Path) -> str | None:
-    """Comparisons of a table."""
-    path = manifest_path(table)
-    return f"{read_json(path)['counts']['kept']:,}" if path.is_file() else None
 
 
 if __name__ == "__main__":

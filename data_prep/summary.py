@@ -8,9 +8,8 @@ Lengths are of whole comparisons: prompt and both answers, all turns. Tokens are
 sequence (format PAB, chat markup included), whole and as cut to --conversation-tokens.
 """
 
-import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -30,6 +29,20 @@ from common.runs import manifest_path
 DATA = Path("artifacts/data")
 NUM_MODELS = 10
 NUM_BINS = 48
+COLUMNS = {
+    "comparison tables": ("table", "rows read", "kept", "prompts", "models"),
+    "rows not kept": ("table", "why", "rows"),
+    "votes": ("table", "labelled", "A %", "B %", "tie %"),
+    "lengths of a comparison": ("table", "of what", "mean", "median", "95 %", "most"),
+    "cut by a budget of {:,} tokens a conversation (tokens: of a PAB sequence)": (
+        "table",
+        "comparisons",
+        "tokens",
+    ),
+    "models most often met": ("table", "1st", "2nd", "3rd"),
+    "prompts in common": ("sources", "prompts"),
+}
+"""Title of what is printed -> its columns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,29 +62,29 @@ class Args:
 
 
 def main(args: Args) -> None:
-    prompters = None
+    prompter = None
     if args.checkpoint:
-        # the tokenizer's own threads; set before its first batch, and only where nobody has decided
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-        from common.token_lengths import count_tokens, load_prompters  # torch and all: seconds to import
+        from common.models.zoo import find_checkpoint  # torch and all: seconds to import
+        from common.prompts import Prompter, load_tokenizer
+        from common.tokens import count_tokens
 
-        prompters = load_prompters(args.checkpoint, args.conversation_tokens)
+        tokenizer = load_tokenizer(find_checkpoint(args.checkpoint, weights=False))
+        prompter = Prompter(tokenizer, conversation_tokens=args.conversation_tokens)
     tables, arrays, prompts = {}, {}, []
     for path in args.input or find_tables(DATA):
         frame, _ = read_comparisons(path, skip_bad_rows=args.skip_bad_rows)
         name = path.stem if path.stem not in tables else str(path)
         tables[name] = {"path": str(path), **summarise(frame), **read_counts(path, len(frame))}
         arrays[name] = {"characters": characters_of(frame)["comparison"]}
-        if prompters:
-            whole, cut = count_tokens(frame, *prompters)
+        if prompter:
+            whole, cut = count_tokens(frame, prompter)
             tables[name]["tokens"] = describe_tokens(whole, cut)
             arrays[name]["tokens"] = cut
         prompts.append(frame.select("source", prompt=stable_key(pl.col("prompt"))).unique())
-    overlap = count_overlap(pl.concat(prompts).unique())
-    found = {"tables": tables, "overlap": overlap}
+    found = {"tables": tables, "overlap": count_overlap(pl.concat(prompts).unique())}
     if args.checkpoint:
         found |= {"checkpoint": args.checkpoint, "conversation_tokens": args.conversation_tokens}
-    show(tables, overlap, args.conversation_tokens)
+    show(found)
     write_json(args.output / "summary.json", found)
     names = draw(args.output, tables, arrays, args.conversation_tokens)
     say(f"{args.output / 'summary.json'}, {', '.join(names)}")
@@ -106,12 +119,8 @@ def summarise(frame: pl.DataFrame) -> dict[str, object]:
 
 def characters_of(frame: pl.DataFrame) -> dict[str, np.ndarray]:
     """Characters of the prompt, of both answers, and of the whole comparison, each int64 [comparisons]."""
-    prompt, a, b = (
-        frame.select(pl.col(name).list.eval(pl.element().str.len_chars()).list.sum().cast(pl.Int64))
-        .to_series()
-        .to_numpy()
-        for name in TEXTS
-    )
+    characters = pl.col(TEXTS).list.eval(pl.element().str.len_chars()).list.sum().cast(pl.Int64)
+    prompt, a, b = frame.select(characters).to_numpy().T
     return {"prompt": prompt, "answers": a + b, "comparison": prompt + a + b}
 
 
@@ -159,105 +168,71 @@ def count_overlap(prompts: pl.DataFrame) -> list[dict[str, object]]:
     Args:
         prompts: `source`, `prompt` (a key), no row twice.
     """
-    pairs = prompts.join(prompts, on="prompt", suffix="_other").filter(
-        pl.col("source") < pl.col("source_other")
-    )
-    counts = {(one, other): n for one, other, n in pairs.group_by("source", "source_other").len().iter_rows()}
-    sources = prompts["source"].unique().sort().to_list()
+    keys = {source: set(rows["prompt"]) for (source,), rows in prompts.group_by("source")}
     return [
-        {"source": one, "other_source": other, "prompts": counts.get((one, other), 0)}
-        for one, other in combinations(sources, 2)
+        {"source": one, "other_source": other, "prompts": len(keys[one] & keys[other])}
+        for one, other in combinations(sorted(keys), 2)
     ]
 
 
-def show(tables: Mapping[str, Mapping], overlap: list[dict[str, object]], conversation_tokens: int) -> None:
+def show(found: Mapping) -> None:
     """Prints everything, a line a table."""
-    rows = [
-        (name, *(_number(value) for value in (f["read"], f["kept"], f["prompts"], f["num_models"])))
-        for name, f in tables.items()
-    ]
-    show_table("comparison tables", ("table", "rows read", "kept", "prompts", "models"), rows)
-    reasons = [
-        (name, f"{what}: {reason}", f"{-count:,}")
-        for name, found in tables.items()
-        for part, what in (("rejected", "bad"), ("dropped", "dropped"))
-        for reason, count in (found[part] or {}).items()
-        if count
-    ]
-    if reasons:
-        show_table("rows not kept", ("table", "why", "rows"), reasons)
-    rows = [
-        (name, _number(found["labels"]["labelled"]), *_percentages(found["labels"]["shares"]))
-        for name, found in tables.items()
-    ]
-    show_table("votes", ("table", "labelled", "A %", "B %", "tie %"), rows)
-    lengths = [
-        (name, what, f"{n['mean']:,.2f}" if what == "turns" else f"{n['mean']:,.0f}", *_quantiles(n))
-        for name, found in tables.items()
-        for what, n in _lengths(found).items()
-    ]
-    show_table("lengths of a comparison", ("table", "of what", "mean", "median", "95 %", "most"), lengths)
-    if cut := {name: found["tokens"] for name, found in tables.items() if "tokens" in found}:
-        rows = [(name, f"{n['comparisons_cut']:.2%}", f"{n['tokens_cut']:.2%}") for name, n in cut.items()]
-        title = (
-            f"cut by a budget of {conversation_tokens:,} tokens a conversation (tokens: of a PAB sequence)"
-        )
-        show_table(title, ("table", "comparisons", "tokens"), rows)
-    models = [(name, *_most_often(found["models"])) for name, found in tables.items() if found["models"]]
-    if models:
-        show_table("models most often met", ("table", "1st", "2nd", "3rd"), models)
-    if overlap:
-        rows = [(f"{one['source']} and {one['other_source']}", f"{one['prompts']:,}") for one in overlap]
-        show_table("prompts in common", ("sources", "prompts"), rows)
-
-
-def _number(value: int | None) -> str | None:
-    return None if value is None else f"{value:,}"
-
-
-def _percentages(shares: list[float] | None) -> list[str | None]:
-    return [f"{100 * share:.1f}" for share in shares] if shares else [None] * len(LABELS)
-
-
-def _lengths(found: Mapping) -> dict[str, Mapping]:
-    characters = {f"characters, {part}": numbers for part, numbers in found["characters"].items()}
-    return {
-        "turns": found["turns"],
-        **characters,
-        **({"tokens": found["tokens"]} if "tokens" in found else {}),
-    }
+    rows: dict[str, list[Sequence]] = {title: [] for title in COLUMNS}
+    whole, not_kept, votes, lengths, cut, models, overlap = rows.values()
+    for name, table in found["tables"].items():
+        whole.append((name, table["read"], table["kept"], table["prompts"], table["num_models"]))
+        for part, what in (("rejected", "bad"), ("dropped", "dropped")):
+            counts = (table[part] or {}).items()
+            not_kept += [(name, f"{what}: {reason}", -count) for reason, count in counts if count]
+        shares = table["labels"]["shares"]
+        percentages = [f"{100 * share:.1f}" for share in shares] if shares else [None] * len(LABELS)
+        votes.append((name, table["labels"]["labelled"], *percentages))
+        lengths.append((name, "turns", f"{table['turns']['mean']:,.2f}", *_quantiles(table["turns"])))
+        of = {f"characters, {part}": numbers for part, numbers in table["characters"].items()}
+        if "tokens" in table:
+            of["tokens"] = table["tokens"]
+            cut.append(
+                (name, *(f"{table['tokens'][part]:.2%}" for part in ("comparisons_cut", "tokens_cut")))
+            )
+        lengths += [(name, what, f"{n['mean']:,.0f}", *_quantiles(n)) for what, n in of.items()]
+        if named := [f"{model} ({count:,})" for model, count in table["models"].items()]:
+            models.append((name, *[*named, None, None][:3]))
+    overlap += [(f"{one['source']} and {one['other_source']}", one["prompts"]) for one in found["overlap"]]
+    for title, columns in COLUMNS.items():
+        if rows[title]:
+            shown = [
+                [f"{value:,}" if isinstance(value, int) else value for value in row] for row in rows[title]
+            ]
+            show_table(title.format(found.get("conversation_tokens")), columns, shown)
 
 
 def _quantiles(numbers: Mapping[str, float]) -> tuple[str, str, str]:
     return f"{numbers['median']:,.0f}", f"{numbers['p95']:,.0f}", f"{numbers['max']:,}"
 
 
-def _most_often(models: Mapping[str, int]) -> list[str | None]:
-    named = [f"{name} ({count:,})" for name, count in list(models.items())[:3]]
-    return [*named, None, None, None][:3]
-
-
 def draw(
     folder: Path, tables: Mapping[str, Mapping], arrays: Mapping[str, Mapping], conversation_tokens: int
 ) -> list[str]:
     """Draws what there is to draw; returns the pictures' names."""
-    kept_rows(folder / "summary-rows.png", {name: _rows_of(found) for name, found in tables.items()})
-    character_lengths(
-        folder / "summary-characters.png", {name: found["characters"] for name, found in arrays.items()}
-    )
-    names = ["summary-rows.png", "summary-characters.png"]
-    if labels := {n: f["labels"]["shares"] for n, f in tables.items() if f["labels"]["labelled"]}:
-        label_shares(folder / "summary-labels.png", labels)
-        names.append("summary-labels.png")
-    if tokens := {name: found["tokens"] for name, found in arrays.items() if "tokens" in found}:
-        panels = {}
-        for name, values in tokens.items():
-            counts, edges = np.histogram(values, bins=NUM_BINS, range=(0, values.max() + 1))
-            note = f"{tables[name]['tokens']['comparisons_cut']:.1%} cut"
-            panels[name] = {"edges": edges, "counts": counts, "budget": conversation_tokens, "note": note}
-        lengths(folder / "summary-tokens.png", panels)
-        names.append("summary-tokens.png")
-    return names
+    labels = {name: found["labels"]["shares"] for name, found in tables.items() if found["labels"]["shares"]}
+    tokens = {}
+    for name, values in ((name, found["tokens"]) for name, found in arrays.items() if "tokens" in found):
+        counts, edges = np.histogram(values, bins=NUM_BINS, range=(0, values.max() + 1))
+        note = f"{tables[name]['tokens']['comparisons_cut']:.1%} cut"
+        tokens[name] = {"edges": edges, "counts": counts, "budget": conversation_tokens, "note": note}
+    pictures = {
+        "summary-rows.png": (kept_rows, {name: _rows_of(found) for name, found in tables.items()}),
+        "summary-characters.png": (
+            character_lengths,
+            {n: found["characters"] for n, found in arrays.items()},
+        ),
+        "summary-labels.png": (label_shares, labels),
+        "summary-tokens.png": (lengths, tokens),
+    }
+    drawn = {name: picture for name, picture in pictures.items() if picture[1]}
+    for name, (picture, data) in drawn.items():
+        picture(folder / name, data)
+    return list(drawn)
 
 
 def _rows_of(found: Mapping) -> dict[str, int]:

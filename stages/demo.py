@@ -23,6 +23,7 @@ import polars as pl
 from common.console import cli, say, show_table
 from common.data.table import LABELS, labels_array, read_comparisons, write_comparisons
 from common.files import file_hash, read_json, text_hash, write_json
+from common.runs import Run
 from common.score.metrics import log_loss, prior_log_loss
 
 MODELS = ("tiny-gemma", "tiny-llama")
@@ -37,7 +38,7 @@ class Args:
     """The whole pipeline on tiny models, on a CPU."""
 
     output: Path = Path("artifacts/demo")
-    """Tree of everything made. A demo of other votes that lies there is moved aside."""
+    """Tree of everything made; of other votes another one."""
     train_csv: Path | None = None
     """Real votes (the competition's train.csv): fold 0 scores, fold 1 is the pool, the rest teach."""
     test_csv: Path | None = None
@@ -55,15 +56,15 @@ class Args:
 
 def main(args: Args) -> None:
     demo = args.output
-    identity = describe_inputs(args)
-    move_aside_another_demo(demo, identity)
-    done = demo / "summary.json"
-    if (demo / "demo.json").is_file() and read_json(demo / "demo.json") == {**identity, "complete": True}:
-        show_summary(read_json(done)["stages"])
+    inputs = {name: getattr(args, name) for name in ("train_csv", "test_csv")}
+    hashes = {name: path and file_hash(path) for name, path in inputs.items()}
+    run = Run.open(demo, recipe={}, inputs=hashes, code=code_hash())
+    if run.is_complete:
+        show_summary(read_json(demo / "summary.json")["stages"])
         say(f"{demo} is up to date")
         show_results(demo)
         return
-    write_json(demo / "demo.json", {**identity, "complete": False})
+    run.begin()
 
     train_csv, test_csv = args.train_csv or demo / "raw/train.csv", args.test_csv or demo / "raw/test.csv"
     prepare(args, demo, train_csv)
@@ -87,50 +88,18 @@ def main(args: Args) -> None:
     )
     together([script("kaggle/submit.py", *base, "--test", test_csv, "--evaluation", "served")])
     stages = summarise(demo, votes)
-    write_json(done, {"stages": stages, "submission": str(demo / "submission.csv")})
+    write_json(demo / "summary.json", {"stages": stages, "submission": str(demo / "submission.csv")})
     together([script("stages/report.py", *base)])
-    write_json(demo / "demo.json", {**identity, "complete": True})
+    run.finish({})
     show_summary(stages)
     show_results(demo)
 
 
-def describe_inputs(args: Args) -> dict[str, object]:
-    """What a demo is made from: the votes and the code."""
+def code_hash() -> str:
+    """Of everything that a demo runs."""
     parts = ("common", "stages", "data_prep", "kaggle")
     code = sorted(path for part in parts for path in (ROOT / part).rglob("*") if path.suffix in CODE)
-    return {
-        "train_csv": args.train_csv and file_hash(args.train_csv),
-        "test_csv": args.test_csv and file_hash(args.test_csv),
-        "code": text_hash(*(file_hash(path) for path in code)),
-    }
-
-
-def move_aside_another_demo(demo: Path, identity: dict[str, object]) -> None:
-    """Renames a demo of other votes that lies in `demo`, and brings back one of these votes."""
-    if not (demo / "demo.json").is_file():
-        if demo.is_dir() and any(demo.iterdir()):
-            raise ValueError(
-                f"{demo} holds files that no demo made; choose another --output or move them away"
-            )
-        return
-    here = aside(demo, read_json(demo / "demo.json"))
-    ours = aside(demo, identity)
-    if here == ours:
-        return
-    if here.exists():
-        raise ValueError(
-            f"{demo} holds other votes than asked for, and {here} exists already; move one of them"
-        )
-    demo.rename(here)
-    say(f"{demo} held a demo of other votes; it is now {here}")
-    if ours.exists():
-        ours.rename(demo)
-
-
-def aside(demo: Path, identity: dict) -> Path:
-    """Where a demo of certain votes waits while another one takes its place."""
-    votes = identity["train_csv"]
-    return demo.with_name(f"{demo.name}-synthetic" if votes is None else f"{demo.name}-votes-{votes[:8]}")
+    return text_hash(*(file_hash(path) for path in code))
 
 
 def prepare(args: Args, demo: Path, train_csv: Path) -> None:
@@ -202,27 +171,18 @@ def summarise(demo: Path, votes: Path) -> list[dict[str, object]]:
     frame, _ = read_comparisons([votes])
     is_scored = pl.col("fold") == SCORED_FOLD
     scored = frame.filter(is_scored).sort("source", "id")
-    train_labels = labels_array(frame.filter(~is_scored))
-    floor = known_floor(demo / "raw/truth.parquet", scored)
+    bounds = {
+        "prior_log_loss": prior_log_loss(labels_array(frame.filter(~is_scored)), labels_array(scored)),
+        "floor_log_loss": known_floor(demo / "raw/truth.parquet", scored),
+    }
     rows = []
     for stage in STAGES:
         scores = read_json(demo / "evaluate" / stage / "run.json")["metrics"]
-        for group, found in scores.items():
-            model = group.removesuffix("/mean")
-            if model != "ensemble" and not group.endswith("/mean"):
-                continue
-            rows.append(
-                {
-                    "stage": stage,
-                    "model": model,
-                    "log_loss": found["log_loss"],
-                    "log_loss_interval": found["log_loss_interval"],
-                    "accuracy": found["accuracy"],
-                    "prior_log_loss": prior_log_loss(train_labels, labels_array(scored)),
-                    "floor_log_loss": floor,
-                    "num_comparisons": found["num_comparisons"],
-                }
-            )
+        for model in (*MODELS, "ensemble"):
+            found = scores[model if model == "ensemble" else f"{model}/mean"]
+            measured = {name: found[name] for name in ("log_loss", "log_loss_interval", "accuracy")}
+            count = {"num_comparisons": found["num_comparisons"]}
+            rows.append({"stage": stage, "model": model, **measured, **bounds, **count})
     return rows
 
 
@@ -235,24 +195,16 @@ def known_floor(truth: Path, scored: pl.DataFrame) -> float | None:
 
 
 def show_summary(stages: list[dict[str, object]]) -> None:
-    """Prints the ladder."""
-    show_table(
-        "held-out comparisons, both orders averaged",
-        ("stage", "model", "log loss", "95 % interval", "accuracy", "prior", "floor", "gap closed"),
-        [
-            (
-                row["stage"],
-                row["model"],
-                f"{row['log_loss']:.4f}",
-                "{:.4f} to {:.4f}".format(*row["log_loss_interval"]),
-                f"{row['accuracy']:.3f}",
-                f"{row['prior_log_loss']:.4f}",
-                None if row["floor_log_loss"] is None else f"{row['floor_log_loss']:.4f}",
-                None if row["floor_log_loss"] is None else f"{gap_closed(row):.0%}",
-            )
-            for row in stages
-        ],
-    )
+    """Prints the ladder; the gap is that from the prior's log loss to the floor, where that is known."""
+    columns = ("stage", "model", "log loss", "95 % interval", "accuracy", "prior", "floor", "gap closed")
+    rows = []
+    for row in stages:
+        loss, prior, floor = (row[name] for name in ("log_loss", "prior_log_loss", "floor_log_loss"))
+        interval = "{:.4f} to {:.4f}".format(*row["log_loss_interval"])
+        gap = (None, None) if floor is None else (f"{floor:.4f}", f"{(prior - loss) / (prior - floor):.0%}")
+        found = (f"{loss:.4f}", interval, f"{row['accuracy']:.3f}", f"{prior:.4f}", *gap)
+        rows.append((row["stage"], row["model"], *found))
+    show_table("held-out comparisons, both orders averaged", columns, rows)
 
 
 def show_results(demo: Path) -> None:
@@ -264,11 +216,6 @@ def show_results(demo: Path) -> None:
         ("numbers", "summary.json"),
     ):
         say(f"{what}: {demo / name}")
-
-
-def gap_closed(row: dict[str, object]) -> float:
-    """Share of the way from the prior's log loss to the floor."""
-    return (row["prior_log_loss"] - row["log_loss"]) / (row["prior_log_loss"] - row["floor_log_loss"])
 
 
 if __name__ == "__main__":

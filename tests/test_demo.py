@@ -8,8 +8,10 @@ from sklearn.linear_model import LogisticRegression
 
 from bundle_manifest import read_bundle, read_verification
 from common.data.table import LABELS, labels_array
-from common.files import read_json
+from common.files import read_json, write_json
+from common.runs import Run
 from common.score.metrics import log_loss, per_row_log_loss
+from stages import demo
 
 DEMO = ROOT / "artifacts" / "demo"
 MODELS = ("tiny-gemma", "tiny-llama")
@@ -87,3 +89,33 @@ def test_the_ensemble_is_no_worse_than_its_best_member(votes):
 def test_stage3_beats_stage1_in_the_mean_of_both_models(ladder):
     first, last = (np.mean([ladder[stage, m]["log_loss"] for m in MODELS]) for stage in ("stage1", "stage3"))
     assert last < first
+
+
+def test_a_demo_of_other_votes_is_refused_and_nothing_touched(tmp_path):
+    Run.open(tmp_path, recipe={}, inputs={"train_csv": "abc", "test_csv": None}, code="x").begin()
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(
+        ValueError, match=r"inputs\.train_csv is abc; here it is None.*--output.*move that folder"
+    ):
+        demo.main(demo.Args(output=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_a_finished_demo_is_shown_again_until_the_code_changes(tmp_path, monkeypatch, capsys):
+    row = {"log_loss": 0.75, "log_loss_interval": [0.7, 0.8], "accuracy": 0.5, "prior_log_loss": 1.0}
+    stages = [{"stage": "stage1", "model": "m", **row, "floor_log_loss": floor} for floor in (0.5, None)]
+    write_json(tmp_path / "summary.json", {"stages": stages, "submission": ""})
+    inputs = {"train_csv": None, "test_csv": None}
+    Run(folder=tmp_path, description={"recipe": {}, "inputs": inputs, "code": "1"}, is_complete=False).finish(
+        {}
+    )
+    monkeypatch.setattr(demo, "code_hash", lambda: "1")
+    demo.main(demo.Args(output=tmp_path))
+    said = capsys.readouterr().out
+    assert "is up to date" in said and "50%" in said and "0.7000 to 0.8000" in said
+    monkeypatch.setattr(demo, "code_hash", lambda: "2")
+    monkeypatch.setattr(demo, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        demo.main(demo.Args(output=tmp_path))
+    assert read_json(tmp_path / "run.json")["status"] == "started"

@@ -140,24 +140,34 @@ def test_the_same_arguments_draw_the_same_arena(tmp_path):
     assert frames[0].equals(frames[1]) and not frames[0].equals(frames[2])
 
 
-def test_script_is_up_to_date_the_second_time_and_refuses_other_arguments(tmp_path):
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    made = run_script(SCRIPT, "--output", tmp_path / "a", *flags)
-    assert made.returncode == 0, made.stderr
+def test_it_is_up_to_date_the_second_time_and_other_arguments_are_refused(tmp_path, capsys):
+    args = Args(output=tmp_path / "a", **SMALL)
+    main(args)
     before = hashes(tmp_path / "a")
-    assert {"raw/train.csv", "raw/truth.parquet", "raw/arena.json"} <= before.keys()
-    again = run_script(SCRIPT, "--output", tmp_path / "a", *flags)
-    assert again.returncode == 0 and "up to date" in again.stdout
-    refused = run_script(SCRIPT, "--output", tmp_path / "a", *flags, "--seed", 7)
-    assert refused.returncode == 1 and "error: " in refused.stderr
-    assert "seed" in refused.stderr and "num_train" not in refused.stderr
+    assert {"raw/train.csv", "raw/truth.parquet", "raw/run.json"} <= before.keys()
+    main(args)
+    assert "up to date" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"recipe\.seed is 0; here it is 7"):
+        main(Args(output=tmp_path / "a", seed=7, **SMALL))
     assert hashes(tmp_path / "a") == before
 
-    # Another process, with another hash seed, makes the same bytes.
-    main(Args(output=tmp_path / "b", **SMALL))
-    assert {
-        name: value for name, value in hashes(tmp_path / "b").items() if name in weights_and_csv(before)
-    } == {name: before[name] for name in weights_and_csv(before)}
+    # The script in another process, with another hash seed, makes the same bytes.
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    made = run_script(SCRIPT, "--output", tmp_path / "b", *flags, environment={"PYTHONHASHSEED": "1"})
+    assert made.returncode == 0, made.stderr
+    there = hashes(tmp_path / "b")
+    assert there.keys() == before.keys()
+    assert {there[name] == before[name] for name in weights_and_csv(before)} == {True}
+
+
+def test_what_was_interrupted_is_made_again(tmp_path, monkeypatch, capsys):
+    args = Args(output=tmp_path, **SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.demo_arena.make_checkpoints", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(args)
+    main(args)
+    assert "complete" in capsys.readouterr().out and (tmp_path / "models/tiny-llama/config.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["num_train", "num_pool", "num_test"])

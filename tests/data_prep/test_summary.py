@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from common.data.table import write_comparisons
 from common.prompts import Prompter
-from common.token_lengths import count_tokens
+from common.tokens import count_tokens
 from data_prep.summary import Args, count_overlap, describe_tokens, main, read_counts, summarise
 
 BUDGET = 130
@@ -85,7 +85,7 @@ def test_null_turns_count_no_characters_and_missing_labels_have_no_shares():
 def test_tokens_equal_rendering_each_comparison(gemma_tokenizer):
     frame = make_comparisons(60, seed=4)
     whole, cut = (Prompter(gemma_tokenizer, conversation_tokens=n) for n in (100_000, BUDGET))
-    before, after = count_tokens(frame, whole, cut)
+    before, after = count_tokens(frame, cut)
     for row, one, other in zip(frame.to_dicts(), before, after, strict=True):
         [tokenised] = whole.tokenise([(row["prompt"], row["response_a"], row["response_b"])])
         assert one == len(whole.render(tokenised).input_ids)
