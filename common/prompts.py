@@ -19,8 +19,6 @@ from common.files import text_hash
 
 Format = Literal["PAB", "PAPB"]
 FORMATS: tuple[Format, ...] = ("PAB", "PAPB")
-Order = Literal["given", "swapped"]
-ORDERS: tuple[Order, ...] = ("given", "swapped")
 
 INSTRUCTION = (
     "Two assistants answered the same user. Which answer will the user prefer: A, B, or neither (a tie)?"

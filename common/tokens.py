@@ -13,9 +13,9 @@ from accelerate import Accelerator
 
 from common.batching import FILLER_ROW, Sample
 from common.console import progress
-from common.data.table import TEXTS, labels_array, table_hash
+from common.data.table import ORDERS, TEXTS, Order, labels_array, table_hash
 from common.files import read_json, replacing_folder, text_hash, write_json
-from common.prompts import FORMATS, ORDERS, Format, Order, Prompter
+from common.prompts import FORMATS, Format, Prompter
 
 Swap = Literal["full", "random", "none"]
 Orders = tuple[Order, ...] | Literal["random"]

@@ -22,10 +22,9 @@ from packaging.utils import canonicalize_name
 
 from bundle_manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manifest
 from common.console import cli, say, show_table
-from common.data.table import LABELS, is_labelled, labels_array
+from common.data.table import LABELS, Order, is_labelled, labels_array
 from common.files import file_hash, read_json, replacing_folder, text_hash, write_json
 from common.models import checkpoint_hash, load_model, save_checkpoint
-from common.prompts import Order
 from common.score.calibration import cross_fit_weights
 from common.score.ensemble import contributed, interval, read_group
 from common.trained import open_prompter

@@ -28,11 +28,11 @@ import torch
 from bundle_manifest import NUM_SHOWN, read_bundle
 from common.batching import length_sorted_micro_batches, pack
 from common.console import clear_errors, progress, say, show_table
-from common.data.table import LABELS, TEXTS, write_table
+from common.data.table import LABELS, ORDERS, TEXTS, write_table
 from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
 from common.files import read_json
 from common.models import PreferenceModel, load_model
-from common.prompts import ORDERS, Prompter
+from common.prompts import Prompter
 from common.score.metrics import mirror, rescale
 from common.trained import open_prompter
 

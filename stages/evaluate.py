@@ -24,10 +24,9 @@ from accelerate import Accelerator
 
 from common.console import cli, say, show_table
 from common.data.held_out import Seen, load_comparisons, without_seen
-from common.data.table import LABELS, is_labelled, labels_array, table_hash, write_table
+from common.data.table import LABELS, ORDERS, Order, is_labelled, labels_array, table_hash, write_table
 from common.files import file_hash, read_json, write_json
 from common.models import checkpoint_hash
-from common.prompts import ORDERS, Order
 from common.runs import Run, find_complete
 from common.score.calibration import MIN_LABELLED, calibrate
 from common.score.ensemble import (

@@ -18,10 +18,9 @@ from accelerate import Accelerator
 
 from common.console import cli, progress, say
 from common.data.held_out import Seen, load_comparisons, without_seen
-from common.data.table import LABELS, table_hash, write_table
+from common.data.table import LABELS, ORDERS, Order, table_hash, write_table
 from common.files import file_hash
 from common.models import checkpoint_hash
-from common.prompts import ORDERS, Order
 from common.runs import Run, find_complete
 from common.score.predict import average, predict_orders
 from common.tokens import tokenise

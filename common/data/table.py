@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import gettempdir
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -22,6 +23,10 @@ LABELS = ("winner_model_a", "winner_model_b", "winner_tie")
 
 TEXTS = ("prompt", "response_a", "response_b")
 """Lists with one entry a turn, equally long; an entry may be null."""
+
+Order = Literal["given", "swapped"]
+ORDERS: tuple[Order, ...] = ("given", "swapped")
+"""How the two answers are shown; in "swapped" B stands first."""
 
 SCHEMA = pl.Schema(
     {

@@ -14,8 +14,7 @@ import numpy as np
 import polars as pl
 
 from common.console import say
-from common.data.table import LABELS, is_labelled, labels_array
-from common.prompts import ORDERS, Order
+from common.data.table import LABELS, ORDERS, Order, is_labelled, labels_array
 from common.score.calibration import MIN_LABELLED, cross_fit_weights, pool
 from common.score.metrics import (
     ENSEMBLE,

@@ -10,7 +10,7 @@ from torch import nn
 
 from common.batching import VarlenCollator, plan_micro_batches
 from common.console import progress
-from common.prompts import ORDERS
+from common.data.table import ORDERS
 from common.score.metrics import mirror
 from common.tokens import Sequences
 

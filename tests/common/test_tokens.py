@@ -11,8 +11,8 @@ from helpers import make_comparisons
 
 from common import tokens
 from common.batching import FILLER_ROW, VarlenCollator
-from common.data.table import labels_array
-from common.prompts import FORMATS, ORDERS, Prompter
+from common.data.table import ORDERS, labels_array
+from common.prompts import FORMATS, Prompter
 from common.tokens import orders_of, tokenise, variant_code
 
 BOTH = {"formats": ("PAB",), "orders": ORDERS}

@@ -8,9 +8,9 @@ from helpers import make_checkpoint, make_comparisons
 from transformers import AutoTokenizer
 
 from common.batching import pack
-from common.data.table import LABELS, swap
+from common.data.table import LABELS, ORDERS, swap
 from common.models import load_model, save_checkpoint
-from common.prompts import ORDERS, Prompter
+from common.prompts import Prompter
 from common.score.predict import average, predict, predict_orders
 from common.tokens import tokenise
 from common.trained import open_model, open_prompter

@@ -22,10 +22,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from common.data.table import LABELS, content_hashes, labels_array, swap, table_hash, write_comparisons
+from common.data.table import (
+    LABELS,
+    ORDERS,
+    content_hashes,
+    labels_array,
+    swap,
+    table_hash,
+    write_comparisons,
+)
 from common.files import file_hash, read_json
 from common.models import checkpoint_hash, load_model
-from common.prompts import ORDERS, Prompter
+from common.prompts import Prompter
 
 FAMILIES = ("gemma", "llama")
 RECIPE = ("--conversation-tokens", 128, "--comparisons-per-step", 12, "--lr", "3e-3")
