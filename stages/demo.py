@@ -22,14 +22,13 @@ import polars as pl
 
 from common.console import cli, say, show_table
 from common.data.table import LABELS, labels_array, read_comparisons, write_comparisons
-from common.files import file_hash, read_json, text_hash, write_json
-from common.runs import Run
+from common.files import file_hash, read_json, write_json
+from common.runs import Run, code_hash
 from common.score.metrics import log_loss, prior_log_loss
 
 MODELS = ("tiny-gemma", "tiny-llama")
 STAGES = ("stage1", "stage2", "stage3")
 SCORED_FOLD, POOL_FOLD = 0, 1
-CODE = (".py", ".ipynb", ".j2")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -58,7 +57,8 @@ def main(args: Args) -> None:
     demo = args.output
     inputs = {name: getattr(args, name) for name in ("train_csv", "test_csv")}
     hashes = {name: path and file_hash(path) for name, path in inputs.items()}
-    run = Run.open(demo, recipe={}, inputs=hashes, code=code_hash())
+    code = code_hash(*(ROOT / name for name in ("common", "stages", "data_prep", "kaggle")))
+    run = Run.open(demo, recipe={}, inputs=hashes, code=code)
     if run.is_complete:
         show_summary(read_json(demo / "summary.json")["stages"])
         say(f"{demo} is up to date")
@@ -93,13 +93,6 @@ def main(args: Args) -> None:
     run.finish({})
     show_summary(stages)
     show_results(demo)
-
-
-def code_hash() -> str:
-    """Of everything that a demo runs."""
-    parts = ("common", "stages", "data_prep", "kaggle")
-    code = sorted(path for part in parts for path in (ROOT / part).rglob("*") if path.suffix in CODE)
-    return text_hash(*(file_hash(path) for path in code))
 
 
 def prepare(args: Args, demo: Path, train_csv: Path) -> None:

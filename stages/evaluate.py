@@ -32,11 +32,11 @@ from common.score.calibration import MIN_LABELLED, calibrate
 from common.score.ensemble import (
     EnsembleOrder,
     contributed,
+    group_columns,
     group_keys,
     interval,
     labelled_rows,
     make_groups,
-    probability_table,
     read_group,
     read_table,
     score_groups,
@@ -226,7 +226,8 @@ def finish(
     recipe = run.description["recipe"]
     run.begin()
     groups, fit = make_groups(frame, orders, recipe["weights"], recipe["ensemble_orders"])
-    write_table(probability_table(frame, groups), run.folder / "probabilities.parquet")
+    table = frame.select("source", "id", *LABELS).with_columns(group_columns(groups))
+    write_table(table, run.folder / "probabilities.parquet")
     scores = score_groups(frame, groups, prior, fit)
     write_json(run.folder / "scores.json", scores)
     if scores:

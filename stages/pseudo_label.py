@@ -12,7 +12,6 @@ Every process holds a full replica. A stopped run continues after the last whole
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import polars as pl
 from accelerate import Accelerator
 
@@ -22,6 +21,7 @@ from common.data.table import LABELS, ORDERS, Order, table_hash, write_table
 from common.files import file_hash
 from common.models import checkpoint_hash
 from common.runs import Run, find_complete
+from common.score.ensemble import group_columns, read_group
 from common.score.predict import average, predict_orders
 from common.tokens import tokenise
 from common.train.launch import start
@@ -116,22 +116,13 @@ def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerat
                 description=None,
             )
             if accelerator.is_main_process:
-                write_probabilities(path, part.frame, {f"{teacher.name}/{o}": p for o, p in orders.items()})
+                groups = {f"{teacher.name}/{order}": values for order, values in orders.items()}
+                write_table(part.frame.select("source", "id").with_columns(group_columns(groups)), path)
             advance(1)
     if accelerator.is_main_process:
         write_table(pl.read_parquet(paths), output / "probabilities.parquet")
         run.finish({"num_comparisons": len(sequences.frame)})
     accelerator.wait_for_everyone()
-
-
-def write_probabilities(path: Path, frame: pl.DataFrame, groups: dict[str, np.ndarray]) -> None:
-    """Writes keys and one group of class columns a model and order, atomically."""
-    columns = [
-        pl.Series(f"{group}/{name}", values[:, i])
-        for group, values in groups.items()
-        for i, name in enumerate(LABELS)
-    ]
-    write_table(frame.select("source", "id").with_columns(columns), path)
 
 
 def merge(paths: list[Path], output: Path) -> None:
@@ -150,7 +141,7 @@ def merge(paths: list[Path], output: Path) -> None:
         say(
             f"{max(map(len, frames)) - len(joined):,} comparisons are not labelled by every teacher: left out"
         )
-    means = [average([_group(frame, joined, name) for name in _groups(frame)]) for frame in frames]
+    means = [average([read_group(joined, group) for group in _groups(frame)]) for frame in frames]
     soft = average(means)
     columns = [pl.Series(name, soft[:, i]) for i, name in enumerate(LABELS)]
     write_table(joined.with_columns(columns), output / "labels.parquet")
@@ -161,11 +152,6 @@ def merge(paths: list[Path], output: Path) -> None:
 def _groups(frame: pl.DataFrame) -> list[str]:
     """Names of the column groups (model and order) of a frame."""
     return sorted({name.rpartition("/")[0] for name in frame.columns if "/" in name})
-
-
-def _group(frame: pl.DataFrame, joined: pl.DataFrame, group: str) -> np.ndarray:
-    """float32 [comparisons, classes] of one column group, in the rows of the joined frame."""
-    return joined.select(f"{group}/{name}" for name in LABELS).to_numpy()
 
 
 if __name__ == "__main__":

@@ -110,11 +110,11 @@ def test_a_finished_demo_is_shown_again_until_the_code_changes(tmp_path, monkeyp
     Run(folder=tmp_path, description={"recipe": {}, "inputs": inputs, "code": "1"}, is_complete=False).finish(
         {}
     )
-    monkeypatch.setattr(demo, "code_hash", lambda: "1")
+    monkeypatch.setattr(demo, "code_hash", lambda *paths: "1")
     demo.main(demo.Args(output=tmp_path))
     said = capsys.readouterr().out
     assert "is up to date" in said and "50%" in said and "0.7000 to 0.8000" in said
-    monkeypatch.setattr(demo, "code_hash", lambda: "2")
+    monkeypatch.setattr(demo, "code_hash", lambda *paths: "2")
     monkeypatch.setattr(demo, "prepare", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         demo.main(demo.Args(output=tmp_path))

@@ -196,18 +196,17 @@ def group_keys(frame: pl.DataFrame) -> list[str]:
     return [json.dumps(key) for key in frame.select("source", "id").rows()]
 
 
-def probability_table(frame: pl.DataFrame, groups: Groups) -> pl.DataFrame:
-    """`source`, `id`, the label, then three columns a group: `<group>/<label>`."""
-    columns = [
+def group_columns(groups: Groups) -> list[pl.Series]:
+    """Three columns a group, `<group>/<label>`, for a table of keys."""
+    return [
         pl.Series(f"{group}/{label}", values[:, i])
         for group, values in groups.items()
         for i, label in enumerate(LABELS)
     ]
-    return frame.select("source", "id", *LABELS).with_columns(columns)
 
 
 def read_group(table: pl.DataFrame, group: str) -> np.ndarray:
-    """One group of a `probability_table`, float32 [comparisons, 3]."""
+    """One group of `group_columns`, float32 [comparisons, 3]."""
     return table.select(f"{group}/{label}" for label in LABELS).to_numpy()
 
 
