@@ -159,6 +159,8 @@ MESSAGE = st.one_of(
     st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", None]), "content": TURN}),
 )
 
+ODD = st.builds(lambda role, text: [{"role": role, "content": text}], st.sampled_from(["user", "x"]), TURN)
+
 
 @st.composite
 def some_chat(draw) -> list[dict] | None:
@@ -167,7 +169,7 @@ def some_chat(draw) -> list[dict] | None:
     if kind == 0:
         return draw(st.one_of(st.none(), st.lists(MESSAGE, max_size=3)))
     if kind == 1:  # repeats with little difference, in roles or contents alone
-        return [{"role": draw(st.sampled_from(["user", "x"])), "content": draw(TURN)}]
+        return draw(ODD)
     prompt = draw(PROMPT)
     return chat(*(turn for pair in zip(prompt, (draw(TURN) for _ in prompt), strict=True) for turn in pair))
 
@@ -183,6 +185,8 @@ def some_rows(draw) -> list[tuple]:
         key, model, messages = rows[i]
         kind = draw(st.integers(0, 4))
         rows.append((key, draw(models) if kind == 1 else model, draw(some_chat()) if kind == 2 else messages))
+    for i in range(draw(st.integers(0, 2))):  # the same id for two that differ in roles or contents alone
+        rows += [(f"odd{i}", "m1", draw(ODD)) for _ in range(2)]
     if draw(st.integers(0, 9)) == 0:
         rows.append(
             (draw(st.sampled_from([None, "", "k"])), draw(st.sampled_from([None, "", "m1"])), chat("a", "b"))
