@@ -27,10 +27,7 @@ from common.score.metrics import ENSEMBLE, FITTED, PRIOR
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 STAGES = ("stage1", "stage2", "stage3")
 FILES = ("run", "preference", "sequences", "scores", "calibration", "manifest", "verify")
-SECTIONS = (
-    *("Scores", "Calibration", "Swap consistency", "Slices"),
-    *("Training", "Sequence lengths", "Lineage", "Bundle"),
-)
+SECTIONS = "Scores|Calibration|Swap consistency|Slices|Training|Sequence lengths|Lineage|Bundle".split("|")
 OF_AN_EVALUATION = (
     ("Scores", "prior", "has no prior; evaluate it again"),
     ("Calibration", "probabilities", "probabilities.parquet has no labels; evaluate it again"),
@@ -234,15 +231,12 @@ def list_missing(
             lines.append((title, "There is no scored evaluation; make one with: just evaluate."))
         lines += [(title, f"{one['name']}: {sentence}.") for one in scored if not one[key]]
     for one in evaluations:
-        why = (
-            "had no labelled comparisons to score"
-            if one["is_complete"]
-            else "is not finished; start it again"
-        )
-        lines += [("Scores", f"Evaluation {one['name']} {why}.")] if not one["pooled"] else []
-    for stage, of_stage in trained.items():
-        if not of_stage:
-            lines.append(("Training", f"Nothing was trained in {stage}; do it with: just {stage} MODEL."))
+        if not one["pooled"] and one["is_complete"]:
+            lines.append(("Scores", f"Evaluation {one['name']} had no labelled comparisons to score."))
+        elif not one["pooled"]:
+            lines.append(("Scores", f"Evaluation {one['name']} is not finished; start it again."))
+    for stage in (stage for stage, of_stage in trained.items() if not of_stage):
+        lines.append(("Training", f"Nothing was trained in {stage}; do it with: just {stage} MODEL."))
     for title, key, sentence in OF_A_RUN:
         lines += [(title, f"{run['title']} {sentence}.") for run in runs if not run[key]]
     is_calibrated = any(one["calibration"] for one in scored)
@@ -257,7 +251,8 @@ def list_missing(
         ("Bundle", bundle["manifest"], "There is no bundle; build one with: just submit."),
         ("Bundle", bundle["verify"], "No bundle has been verified; do it with: just submit."),
     ):
-        lines += [] if is_there else [(title, sentence)]
+        if not is_there:
+            lines.append((title, sentence))
     return {title: [line for where, line in lines if where == title] for title in SECTIONS}
 
 
