@@ -171,6 +171,7 @@ def test_every_section_stands_in_the_page_and_in_the_terminal(whole):
     assert page.tags.count("h2") == len(SECTIONS)
     lines = called.stdout.splitlines()
     assert [line.partition(":")[0] for line in lines] == [*SECTIONS, "report"]
+    assert lines[0] == "Scores: pictures 1, tables 3", "what stands in the page is counted, folded or not"
     assert lines[-1].endswith(str(artifacts / "report/report.html"))
     for title in SECTIONS:
         assert f"<h2>{title}</h2>" in page.source
