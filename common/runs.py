@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from typing import TYPE_CHECKING
 
 from common.console import say
 from common.files import file_hash, read_json, replacing, text_hash, write_json
+
+if TYPE_CHECKING:  # slow to import, and only training states need it
+    import torch
 
 # A single process saving alone is what is meant, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -116,7 +116,7 @@ class Run:
         return sorted(int(path.name.removeprefix("step-")) for path in folders if path.name[5:].isdigit())
 
     def save_state(
-        self, step: int, tensors: dict[str, torch.Tensor], *, keep: int, is_writer: bool, barrier
+        self, step: int, tensors: "dict[str, torch.Tensor]", *, keep: int, is_writer: bool, barrier
     ) -> None:
         """Saves training state after `step`; it counts only once every process has written its part.
 
@@ -129,6 +129,9 @@ class Run:
         Raises:
             ValueError: The state could not be written; the previous one stays.
         """
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as dcp
+
         final = self.folder / "state" / f"step-{step:08d}"
         temporary = final.with_name(final.name + ".tmp")
         if is_writer:
@@ -149,12 +152,15 @@ class Run:
             for old in self.saved_steps()[:-keep]:
                 shutil.rmtree(self.folder / "state" / f"step-{old:08d}")
 
-    def load_state(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+    def load_state(self, step: int, tensors: "dict[str, torch.Tensor]") -> None:
         """Fills `tensors` in place with the state saved after `step`, at any number of processes.
 
         Raises:
             ValueError: The state cannot be read.
         """
+        import torch.distributed as dist
+        import torch.distributed.checkpoint as dcp
+
         folder = self.folder / "state" / f"step-{step:08d}"
         try:
             dcp.load(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())

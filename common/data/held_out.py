@@ -6,7 +6,7 @@ from typing import Literal
 import polars as pl
 
 from common.console import say
-from common.data.table import content_hashes, is_labelled, read_comparisons, write_rejected
+from common.data.table import content_hashes, is_labelled, read_comparisons, write_table
 
 Seen = Literal["refuse", "drop"]
 
@@ -23,7 +23,7 @@ def load_comparisons(paths: tuple[Path, ...], *, artifacts: Path, skip_bad_rows:
     say(str(report))
     if len(report.rejected):
         side = artifacts / "rejected" / f"{'+'.join(path.stem for path in paths)}.parquet"
-        write_rejected(report, side)
+        write_table(report.rejected, side)
         say(f"{len(report.rejected)} rejected rows are in {side}")
     return frame
 

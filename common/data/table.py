@@ -191,11 +191,6 @@ def check_writable(frame: pl.DataFrame, path: Path | str) -> pl.DataFrame:
     return frame
 
 
-def write_rejected(report: ReadReport, path: Path | str) -> None:
-    """Writes the rejected rows of a report: Parquet if the name ends so, else CSV."""
-    write_table(report.rejected, path)
-
-
 def write_table(frame: pl.DataFrame, path: Path | str) -> None:
     """Writes any table, atomically: Parquet if the name ends so, else CSV.
 

@@ -23,7 +23,7 @@ from common.data.table import (
     swap,
     table_hash,
     write_comparisons,
-    write_rejected,
+    write_table,
 )
 
 ROW = {
@@ -307,8 +307,8 @@ def test_an_unwritable_folder_is_one_clear_message(tmp_path):
 def test_rejected_rows_are_written_as_csv_and_as_parquet(tmp_path):
     table({}, {"id": 'a,"b"\nc', "winner_tie": 1.0}).write_parquet(tmp_path / "x.parquet")
     _, report = read_comparisons(tmp_path / "x.parquet", skip_bad_rows=True)
-    write_rejected(report, tmp_path / "r.csv")
-    write_rejected(report, tmp_path / "r.parquet")
+    write_table(report.rejected, tmp_path / "r.csv")
+    write_table(report.rejected, tmp_path / "r.parquet")
     assert pl.read_csv(tmp_path / "r.csv", schema=REJECTED_SCHEMA).equals(report.rejected)
     assert pl.read_parquet(tmp_path / "r.parquet").equals(report.rejected)
 

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import polars as pl
 import pytest
 import xxhash
-from helpers import few_or_many, make_comparisons, run_script
+from helpers import few_or_many, make_comparisons
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -311,26 +311,6 @@ def test_the_same_in_any_row_order_and_any_cut_into_files():
         assert frame.equals(expected)
         assert again == dropped
     assert not pairs_of(rows, seed=7)[0].equals(expected)
-
-
-def test_the_same_with_other_threads_hash_seeds_files_and_engines(tmp_path):
-    rows = many_rows()
-    expected = pairs_of(rows)[0]
-    one, folder = tmp_path / "one.parquet", tmp_path / "folder"
-    folder.mkdir()
-    write(one, rows)
-    for i in range(3):
-        write(folder / f"{i}.parquet", rows[::-1][i::3])
-    ways = [
-        (one, {"POLARS_MAX_THREADS": "1", "PYTHONHASHSEED": "1"}),
-        (folder, {"POLARS_MAX_THREADS": "2", "PYTHONHASHSEED": "2", "POLARS_IDEAL_MORSEL_SIZE": "100"}),
-        (one, {"POLARS_MAX_THREADS": "2", "POLARS_FORCE_STREAMING": "0", "PYTHONHASHSEED": "3"}),
-    ]
-    for i, (source, environment) in enumerate(ways):
-        output = tmp_path / f"{i}.parquet"
-        done = run_script(SCRIPT, "--input", source, "--output", output, environment=environment)
-        assert done.returncode == 0, done.stderr
-        assert pl.read_parquet(output).equals(expected)
 
 
 def test_the_same_in_memory_and_streamed(monkeypatch):

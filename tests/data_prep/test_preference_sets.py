@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -139,23 +138,14 @@ def test_random_rows_equal_a_slow_reader(tmp_path_factory, rows, seed):
     assert report.num_read == len(rows)
 
 
-def test_row_order_threads_and_hash_seed_change_nothing(tmp_path):
+def test_ids_are_in_order_and_the_side_of_chosen_is_drawn(tmp_path):
     rows = [
-        pair(chat(f"q{i % 200}", "good"), chat(f"q{i % 200}", "bad"), chosen_score=i % 7, rejected_score=0.5)
-        for i in range(400)
+        pair(chat(f"q{i}", "good"), chat(f"q{i}", "bad"), chosen_score=i % 7, rejected_score=0.5)
+        for i in range(200)
     ]
-    tables = []
-    for i, (threads, seed) in enumerate((("1", "0"), ("2", "5"))):
-        random.Random(i).shuffle(rows)
-        (tmp_path / str(i)).mkdir()
-        source, output = write(tmp_path / str(i) / "mine.jsonl", rows), tmp_path / f"{i}.parquet"
-        environment = {"POLARS_MAX_THREADS": threads, "PYTHONHASHSEED": seed}
-        done = run_script("--input", source, "--output", output, **environment)
-        assert done.returncode == 0, done.stderr
-        tables.append(read_comparisons(output)[0])
-    assert tables[0].equals(tables[1])
-    assert tables[0]["id"].is_sorted()
-    assert 60 < tables[0]["winner_model_a"].sum() < 140, "which side chosen is on is drawn"
+    frame, _, _ = read([str(write(tmp_path / "mine.jsonl", rows))], tmp_path / "s")
+    assert frame["id"].is_sorted()
+    assert 60 < frame["winner_model_a"].sum() < 140
 
 
 @pytest.mark.skipif(not REAL.is_file(), reason=f"the real lists are not in {REAL}")
