@@ -141,9 +141,9 @@ def main(args: Args) -> None:
 def look(args: Args) -> dict[str, list[Line]]:
     """Asks everything at once, then judges; topic -> lines."""
     is_tiny = args.model.startswith("tiny")
-    code = "import {}, os; os._exit(0)"  # what a library does at exit is no answer
     with ThreadPoolExecutor(8) as pool:
-        asked = {module: pool.submit(ask, "-c", code.format(module)) for module in (CORE, *EXTRAS)}
+        # What a library does at exit is no answer.
+        asked = {name: pool.submit(ask, "-c", f"import {name}, os; os._exit(0)") for name in (CORE, *EXTRAS)}
         asked |= {question: pool.submit(ask, __file__, "tell", question) for question in ("driver", "build")}
         asked["hub"] = pool.submit(ask, __file__, "tell", "hub", *args.models, timeout_s=8)
     answers = {question: future.result() for question, future in asked.items()}
@@ -355,7 +355,7 @@ def check_disk(args: Args, answers: Answers) -> Iterator[Line]:
     paths = (args.artifacts.absolute(), Path(hub.get("cache", "/")))
     folder, cache = (next(p for p in (path, *path.parents) if p.exists()) for path in paths)
     mend = f"sudo chown -R $USER {folder}, or another --artifacts"
-    yield Line("artifacts", os.access(folder, os.W_OK), f"to be written into {folder}", mend)
+    yield Line("artifacts", os.access(folder, os.W_OK), f"written into {folder}", mend)
     free_gb = shutil.disk_usage(folder).free / 1e9
     for model in args.models:
         parts = {"weights": NEEDS[model].weights_gb, "state": NEEDS[model].training_state_gb}
@@ -395,7 +395,8 @@ def judge_file(path: Path, purpose: str, fetch: str, again: str) -> Line:
     except FileNotFoundError:
         return Line(path.name, False, f"not in {path.parent}", fetch, purpose)
     except (OSError, pl.exceptions.PolarsError) as error:
-        return Line(path.name, False, f"cannot be read: {error}".partition("\n")[0], again, purpose)
+        mend = f"chmod u+r {quote(str(path))}" if isinstance(error, PermissionError) else again
+        return Line(path.name, False, f"cannot be read: {error}".partition("\n")[0], mend, purpose)
 
 
 def check_kaggle(args: Args, answers: Answers) -> Iterator[Line]:

@@ -427,7 +427,8 @@ def test_data_that_cannot_be_read(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(pl, "scan_parquet", refuse)
-    assert "Permission denied" in data(tmp_path)["arena55k.parquet"].found
+    line = data(tmp_path)["arena55k.parquet"]
+    assert "Permission denied" in line.found and line.mend.startswith("chmod u+r '")
 
 
 # Submission
