@@ -23,7 +23,7 @@ try:
     import tomllib
     from collections import Counter
     from collections.abc import Callable, Iterator
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import ThreadPoolExecutor, as_completed
     from contextlib import suppress
     from dataclasses import dataclass
     from importlib import metadata
@@ -47,8 +47,7 @@ except ImportError as error:  # of all scripts, this one must say what to do
     )
 
 ROOT = Path(__file__).resolve().parents[1]
-PURPOSES = ("the demo", "training", "speed", "a submission")
-CORE = "accelerate, transformers"
+CORE = "torch, accelerate, transformers"
 EXTRAS = {  # module: package, what installs it, what of it is built here
     "flash_attn": ("flash-attn", "just setup gpu", "flash-attn"),
     "transformer_engine.pytorch": ("transformer-engine", "just setup gpu", "transformer-engine-torch"),
@@ -56,11 +55,15 @@ EXTRAS = {  # module: package, what installs it, what of it is built here
 }
 PIP = "python3 -m pip install --constraint constraints.txt"
 INSTALL = f'{PIP} --editable ".[dev]"'
-DRIVER = "install or update NVIDIA's driver: https://www.nvidia.com/drivers"
-REFUSED = "the hub refuses access"
-COMPETITION = (
-    "kaggle competitions download -c lmsys-chatbot-arena -p {0} && unzip -d {0} {0}/lmsys-chatbot-arena.zip"
-)
+DRIVER = "install or update NVIDIA's driver, and restart the machine: https://www.nvidia.com/drivers"
+HERE = "on this machine"
+UNREACHED = "not on this machine; the hub is not reached"  # not asked, no network, no answer in time
+REFUSED = "not on this machine; the hub refuses access"
+WEIGHTS = {  # what keeps a model's weights away: what mends it
+    UNREACHED: "where there is a network: hf download {0}; or pass --checkpoint FOLDER to the stage",
+    REFUSED: "accept the licence at https://huggingface.co/{0}, then: hf auth login",
+}
+COMPETITION = "kaggle competitions download -c lmsys-chatbot-arena -p {0} && unzip -d {0} {0}/lmsys*.zip"
 EXTERNAL = "put lmsys-33k-deduplicated.csv into {0} (docs/data.md says where it is published)"
 RAW = {  # raw file: the table made of it, what needs them, what brings the raw file
     "train.csv": ("arena55k.parquet", "training", COMPETITION),
@@ -68,7 +71,6 @@ RAW = {  # raw file: the table made of it, what needs them, what brings the raw 
     "test.csv": ("test.parquet", "a submission", COMPETITION),
 }
 POOL = ("lmsys1m_pairs.parquet", "preference_sets.parquet")
-
 
 Answers = dict[str, tuple[dict, str]]  # question -> facts, and why no more were told (empty if that was all)
 
@@ -129,6 +131,8 @@ class Args:
 
 def main(args: Args) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal without the symbols still gets the words
+    if args.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
     with console.status("looking at this machine ..."):
         topics = look(args)
     sys.exit(report(topics, strict=args.strict))
@@ -137,20 +141,18 @@ def main(args: Args) -> None:
 def look(args: Args) -> dict[str, list[Line]]:
     """Asks everything at once, then judges; topic -> lines."""
     is_tiny = args.model.startswith("tiny")
-    where = "offline" if args.offline or is_tiny else "online"
     with ThreadPoolExecutor(8) as pool:
         # What a library does at exit is no answer.
-        code = "import {}, os; os._exit(0)"
-        asked = {module: pool.submit(ask, "-c", code.format(module)) for module in (CORE, *EXTRAS)}
-        asked["torch"] = pool.submit(ask, __file__, "tell", "torch")
-        asked["hub"] = pool.submit(ask, __file__, "tell", "hub", where, *args.models, timeout_s=8)
-        asked["driver"] = pool.submit(ask, __file__, "tell", "driver")
+        asked = {name: pool.submit(ask, "-c", f"import {name}, os; os._exit(0)") for name in (CORE, *EXTRAS)}
+        asked |= {question: pool.submit(ask, __file__, "tell", question) for question in ("driver", "build")}
+        asked["hub"] = pool.submit(ask, __file__, "tell", "hub", *args.models, timeout_s=8)
     answers = {question: future.result() for question, future in asked.items()}
     facts, failure = answers["driver"]
-    needs_gpu = bool(facts.get("gpus") or failure or args.model != "all")
-    is_needed = dict.fromkeys(CHECKS, needs_gpu and not is_tiny)
-    is_needed |= {"Python": True, "Data": not is_tiny, "Submission": not is_tiny}
-    return {topic: judge(check, args, answers, is_needed[topic]) for topic, check in CHECKS.items()}
+    needs_gpu = not is_tiny and bool(facts.get("gpus") or failure or args.model != "all")
+    checks = (check_python, check_gpu, check_ops, check_weights, check_disk, check_data, check_kaggle)
+    is_needed = dict.fromkeys(checks, needs_gpu)
+    is_needed |= {check_python: True, check_data: not is_tiny, check_kaggle: not is_tiny}
+    return {check.__name__: judge(check, args, answers, is_needed[check]) for check in checks}
 
 
 def judge(check: Callable, args: Args, answers: Answers, is_needed: bool) -> list[Line]:
@@ -159,12 +161,9 @@ def judge(check: Callable, args: Args, answers: Answers, is_needed: bool) -> lis
     try:
         lines.extend(check(args, answers))
     except Exception as error:  # a broken environment is what this script is for
-        text = f"cannot be looked at: {type(error).__name__}: {error}"
-        lines.append(Line(check.__name__, False, text, INSTALL))
-    return [
-        line if is_needed or line.is_fine or line.purpose == "the demo" else line._replace(is_fine=None)
-        for line in lines
-    ]
+        lines.append(Line(check.__name__, False, f"cannot be looked at: {error!r}", INSTALL))
+    idle = () if is_needed else ("training", "speed", "a submission")
+    return [line._replace(is_fine=line.is_fine or None) if line.purpose in idle else line for line in lines]
 
 
 def ask(*words: str, timeout_s: float = 60) -> tuple[dict, str]:
@@ -184,165 +183,114 @@ def ask(*words: str, timeout_s: float = 60) -> tuple[dict, str]:
     return facts, failure
 
 
-def tell_driver(timeout_s: float = 10) -> Iterator[dict]:
-    """Version of NVIDIA's driver and names of its GPUs; nothing without nvidia-smi."""
+def tell_driver() -> Iterator[dict]:
+    """Version of NVIDIA's driver, and what its GPUs are; nothing without nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=timeout_s)
+    fields = "name,memory.total,compute_cap,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
     said = done.stdout.strip() or done.stderr.strip()
     if done.returncode and "no devices" not in said.lower():
         sys.exit(said.partition("\n")[0] or f"nvidia-smi: status {done.returncode}")
-    rows = [line.rsplit(", ", 1) for line in said.splitlines() if ", " in line]
-    yield {"gpus": [name for name, _ in rows], "version": rows[0][1] if rows else ""}
+    rows = [line.rsplit(", ", 3) for line in said.splitlines() if ", " in line]
+    gpus = [(name, int(mib) * 2**20 / 1e9, float(capability)) for name, mib, capability, _ in rows]
+    yield {"gpus": gpus, "version": rows[0][3] if rows else ""}
 
 
-def tell_torch() -> Iterator[dict]:
-    """PyTorch's build, what each GPU is and whether it computes, and the backends of the ops."""
+def tell_build() -> Iterator[dict]:
+    """PyTorch's build, on how many GPUs it computes, and the backends of the ops."""
     import torch
 
-    kind = f"ROCm {torch.version.hip}" if torch.version.hip else "CPU build"
-    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else kind
-    yield {"build": f"{torch.__version__}, {kind}"}
-    gpus = []
-    for i in range(torch.cuda.device_count()):
-        gpus.append({"failure": ""})
-        try:
-            gpu = torch.cuda.get_device_properties(i)
-            gpus[i] |= {"name": gpu.name, "gb": gpu.total_memory / 1e9, "capability": [gpu.major, gpu.minor]}
+    yield {"torch": torch.__version__, "cuda": torch.version.cuda}
+    num_gpus, failure = torch.cuda.device_count(), ""
+    try:
+        for i in range(num_gpus):
             assert (torch.ones(2, device=f"cuda:{i}") + 1).sum().item() == 4, "1 + 1 is not 2"
-        except Exception as error:  # whatever the driver says is the answer
-            gpus[i]["failure"] = str(error).partition("\n")[0]
-    yield {"gpus": gpus}
+    except Exception as error:  # whatever the driver says is the answer
+        failure = f"GPU {i}: {error}".partition("\n")[0]
+    yield {"num_gpus": num_gpus, "failure": failure}
     from common.ops import choose
 
-    device = "cuda" if gpus else "cpu"  # what Gemma 2 9B asks for, the most that any recipe does
+    device = "cuda" if num_gpus else "cpu"  # what Gemma 2 9B asks for, the most that any recipe does
     ops = choose(device=device, dtype=torch.bfloat16, head_dim=256, softcap=50.0, window=4096)
     yield {"backends": str(ops)}
 
 
-def tell_hub(where: str, *models: str) -> Iterator[dict]:
-    """Each model's source and files on this machine; then, unless `where` is "offline", login and access."""
+def tell_hub(*models: str) -> Iterator[dict]:
+    """The hub's cache, its token, and where each model's weights are, as soon as it is known."""
     from huggingface_hub import constants, get_token
 
     # By path: the package around it imports torch, which may be what is broken.
     zoo = runpy.run_path(str(ROOT / "common/models/zoo.py"))["ZOO"]
-    yield {"cache": constants.HF_HUB_CACHE, "has_token": bool(get_token())}
-    files = {model: count_local_files(zoo[model]) for model in models}
-    yield {model: (zoo[model], *counts) for model, counts in files.items()}
-    yield {"local": [model for model, (have, of) in files.items() if 0 < of == have]}
-    if where == "offline" or constants.HF_HUB_OFFLINE:
-        yield {"login": "offline", "access": dict.fromkeys(models, "offline")}
-        return
+    yield {"cache": constants.HF_HUB_CACHE, "token": bool(get_token()), "zoo": zoo}
     with ThreadPoolExecutor() as pool:
-        access = {model: pool.submit(ask_hub, zoo[model]) for model in models}
-        yield {"access": {model: told.result() for model, told in access.items()}}
-        yield {"login": ask_hub()}
+        asked = {pool.submit(find_weights, zoo[model]): model for model in models}
+        yield from ({asked[found]: found.result()} for found in as_completed(asked))
 
 
-def count_local_files(source: str) -> tuple[int, int]:
-    """How many of a checkpoint's files lie in the hub's cache, and how many it has (0: nothing is known)."""
-    from huggingface_hub import try_to_load_from_cache
+def find_weights(source: str) -> str:
+    """HERE if all of a checkpoint's weights lie in the hub's cache, else whether the hub hands them out."""
+    import huggingface_hub as hub
 
-    config = try_to_load_from_cache(source, "config.json")
-    if not isinstance(config, str):
-        return 0, 0
-    folder, weights = Path(config).parent, ["model.safetensors"]
-    with suppress(FileNotFoundError):
-        index = folder / "model.safetensors.index.json"
-        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    names = {"config.json", "tokenizer_config.json", *weights}
-    return sum((folder / name).exists() for name in names), len(names)
-
-
-def ask_hub(source: str = "") -> str:
-    """ "open", REFUSED or why it is not known; without a source the same of the login, with "as NAME"."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, whoami
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        if not source:
-            return f"as {whoami()['name']}"
-        # The very request that a download begins with; a gated repository's description is public.
-        get_hf_file_metadata(hf_hub_url(source, "config.json"), timeout=4)
-        return "open"
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        return REFUSED if status in (401, 403, 404) else f"the hub answers {status}"
-    except Exception as error:  # every kind of network failure, by any HTTP library
-        return f"no network ({type(error).__name__})"
+    with suppress(Exception):  # nothing is there, or the download was cut off, or a file is damaged
+        hub.get_local_safetensors_metadata(Path(hub.try_to_load_from_cache(source, "config.json")).parent)
+        return HERE
+    try:  # what a download begins with; a gated repository's description would be public
+        hub.get_hf_file_metadata(hub.hf_hub_url(source, "config.json"), timeout=4)
+        return "to be had from the hub"
+    except hub.errors.HfHubHTTPError as error:
+        return REFUSED if error.response.status_code in (401, 403, 404) else UNREACHED
+    except Exception:  # every kind of network failure, by any HTTP library
+        return UNREACHED
 
 
 def check_python(args: Args, answers: Answers) -> Iterator[Line]:
     """Python, the packages and their versions, against pyproject.toml and constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    here, wanted = "{}.{}.{}".format(*sys.version_info), project["requires-python"]
-    is_new = Requirement(f"python{wanted}").specifier.contains(here, prereleases=True)
-    mend = f"a virtual environment of Python {wanted}"
-    yield Line("Python", is_new, f"{here} (wanted: {wanted}), {sys.executable}", mend, "the demo")
+    # An older Python cannot import what stands above.
+    yield Line("Python", True, f"{sys.version.split()[0]}, {sys.executable}")
+    needs = [Requirement(need) for need in project["dependencies"]]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").lower().splitlines()
+    pins = [Requirement(line) for need in needs for line in lines if line.startswith(f"{need.name}==")]
+    for check, wanted, purpose in (("packages", needs, "the demo"), ("exact versions", pins, "training")):
+        unmet = [f"{need} (here: {version_of(need.name) or 'none'})" for need in wanted if not is_met(need)]
+        yield Line(check, not unmet, ", ".join(unmet) or f"all {len(wanted)}", INSTALL, purpose)
+    failure, packages = answers[CORE][1], CORE.split(", ")
+    text = failure or ", ".join(f"{package} {version_of(package)}" for package in packages)
+    yield Line("imports", not failure, text, f"{PIP} --force-reinstall {' '.join(packages)}", "the demo")
+    yield Line("just", bool(just := shutil.which("just")), just or "not on PATH", "pip install rust-just")
 
-    needs = {need.name: need for need in map(Requirement, project["dependencies"])}
-    lacking = [
-        f"{need} (here: {version_of(name) or 'none'})"
-        for name, need in needs.items()
-        if not need.specifier.contains(version_of(name) or "0", prereleases=True)
-    ]
-    imported = ("torch", *CORE.split(", "))
-    text = f"all {len(needs)}: {', '.join(f'{name} {version_of(name)}' for name in imported)} ..."
-    text = f"too old or absent: {', '.join(lacking)}" if lacking else text
-    yield Line("packages", not lacking, text, INSTALL, "the demo")
 
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    found = {name: version_of(name) or pin for name, pin in pins.items()}
-    others = [name for name, pin in pins.items() if found[name].partition("+")[0] != pin]
-    named = [name for name in others if name in needs]  # only what this project names itself counts
-    shown = ", ".join(f"{name} {found[name]} (pinned {pins[name]})" for name in (named or others[:3]))
-    text = f"{len(others)} of {len(pins)} differ: {shown}" if others else f"none of {len(pins)} differs"
-    yield Line("exact versions", not named, text, INSTALL)
-
-    facts, failure = answers["torch"]
-    failures = {"torch": "" if "build" in facts else failure, CORE: answers[CORE][1]}
-    broken = [f"{name}: {failure}" for name, failure in failures.items() if failure]
-    mend = f"{PIP} --force-reinstall {' '.join(imported)}"
-    yield Line("imports", not broken, "; ".join(broken) or f"torch, {CORE}", mend, "the demo")
-    just = shutil.which("just")
-    yield Line("just", just is not None, just or "not on the PATH", "pip install rust-just")
+def is_met(need: Requirement) -> bool:
+    """Whether the installed version is one that the requirement allows."""
+    version = version_of(need.name)
+    return version is not None and need.specifier.contains(version, prereleases=True)
 
 
 def version_of(package: str) -> str | None:
     """The installed version of a package."""
-    with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
-    return None
+    return next((found.version for found in metadata.distributions(name=package)), None)
 
 
 def check_gpu(args: Args, answers: Answers) -> Iterator[Line]:
     """Driver, PyTorch's build, GPUs, bf16, memory for each recipe."""
-    (driver, failure), (torch, _) = answers["driver"], answers["torch"]
-    names = driver.get("gpus", [])
+    driver, failure = answers["driver"]
+    gpus = driver.get("gpus", [])
     text = failure or driver.get("version", "no nvidia-smi") or "present, but no GPU"
-    yield Line("driver", bool(driver), text, f"restart the machine, or {DRIVER}" if failure else DRIVER)
-    if "build" in torch:  # else the line "imports" says why
-        problem, mend = find_problem(answers["torch"], len(names)) if names else ("", "")
-        text = f"; {problem or f'computes on {len(names)} of {len(names)} GPUs'}" if names else ""
-        yield Line("torch build", not problem, torch["build"] + text, mend)
-    if not names:
-        yield Line("GPUs", False, "none", "a machine with NVIDIA GPUs; the demo needs none")
-        return
-    gpus = [gpu for gpu in torch.get("gpus", []) if "gb" in gpu]
-    kind = "{name}, {gb:.0f} GB, capability {capability[0]}.{capability[1]}"
-    kinds = Counter(kind.format(**gpu) for gpu in gpus)
-    text = "; ".join(f"{number} x {kind}" for kind, number in (kinds or Counter(names)).items())
-    yield Line("GPUs", True, text if gpus else f"{text}; bf16 and memory are known once PyTorch sees them")
+    yield Line("driver", bool(driver), text, DRIVER)
+    if "torch" in answers["build"][0]:  # else the line "imports" says why
+        yield judge_build(*answers["build"], len(gpus))
+    kinds = Counter(f"{name}, {gb:.0f} GB, capability {capability}" for name, gb, capability in gpus)
+    text = "; ".join(f"{number} x {kind}" for kind, number in kinds.items())
+    yield Line("GPUs", bool(gpus), text or "none", "a machine with NVIDIA GPUs; the demo needs none")
     if not gpus:
         return
     # By capability: torch.cuda.is_bf16_supported says True where it is only emulated.
-    old = [gpu["name"] for gpu in gpus if gpu["capability"] < [8, 0]]
+    old = [name for name, _, capability in gpus if capability < 8]
     text = f"not on {old[0]}: capability below 8.0" if old else "capability 8.0 or newer"
-    mend = "GPUs of capability 8.0 or newer (A100, L4, H100); others serve in fp16"
-    yield Line("bf16", not old, text, mend)
-    smallest_gb = min(gpu["gb"] for gpu in gpus)
+    yield Line("bf16", not old, text, "GPUs of capability 8.0 or newer (A100, L4); others serve in fp16")
+    smallest_gb = min(gb for _, gb, _ in gpus)
     for model in args.models:
         need_gb = NEEDS[model].gb_per_gpu(len(gpus))
         enough = (n for n in range(1, 65) if NEEDS[model].gb_per_gpu(n) <= smallest_gb)
@@ -351,77 +299,54 @@ def check_gpu(args: Args, answers: Answers) -> Iterator[Line]:
         yield Line(f"memory for {model}", need_gb <= smallest_gb, text, mend)
 
 
-def find_problem(torch: tuple[dict, str], expected: int) -> tuple[str, str]:
-    """(why PyTorch does not compute on each of the expected GPUs, what mends it), empty if it does."""
-    facts, failure = torch
-    gpus = facts.get("gpus", [])
-    if "CUDA" not in facts["build"]:
-        return f"though NVIDIA GPUs are here: {expected}", f"python3 -m pip uninstall -y torch && {PIP} torch"
-    if "gpus" not in facts:
-        return f"looking at the GPUs: {failure}", DRIVER
-    if broken := [f"GPU {i}: {gpu['failure']}" for i, gpu in enumerate(gpus) if gpu["failure"]]:
+def judge_build(build: dict, failure: str, num_gpus: int) -> Line:
+    """PyTorch's build, and whether it computes on each of the machine's GPUs."""
+    failure, seen, mend = build.get("failure", failure), build.get("num_gpus", 0), ""
+    if num_gpus and build["cuda"] is None:
+        mend = f"python3 -m pip uninstall -y torch && {PIP} torch"
+    elif "driver" in failure:  # too old
+        mend = f"{DRIVER}; or a build for this one: https://pytorch.org/get-started/locally"
+    elif failure:
         mend = "nvidia-smi    # who holds the GPU?"
-        if "driver" in broken[0]:  # too old: PyTorch names the version that it found
-            mend = f"{DRIVER}; or a build for that driver: https://pytorch.org/get-started/locally"
-        return "; ".join(broken), mend
-    if len(gpus) < expected:
-        fewer = f", or: just gpus={len(gpus)} stage1 ..." if gpus else ""
-        return f"sees {len(gpus)} of {expected} GPUs", f"unset CUDA_VISIBLE_DEVICES{fewer}"
-    return "", ""
+    elif seen < num_gpus:
+        mend = "unset CUDA_VISIBLE_DEVICES, or train on fewer: just gpus=N stage1 ..."
+    text = failure or f"computes on {seen} of {num_gpus} GPUs"
+    return Line("torch build", not mend, f"{build['torch']}, CUDA {build['cuda'] or 'none'}; {text}", mend)
 
 
 def check_ops(args: Args, answers: Answers) -> Iterator[Line]:
     """The fast packages, present and importable, and what each op uses."""
-    facts, failure = answers["torch"]
-    backends = facts.get("backends", "")
-    is_plain = backends and all(op.endswith(" torch") for op in backends.split(", "))
-    unused = "; every op uses torch" if is_plain else ""
-    has_old = any(gpu.get("capability", [8, 0]) < [8, 0] for gpu in facts.get("gpus", []))
+    facts, failure = answers["build"]
+    has_old = any(capability < 8 for _, _, capability in answers["driver"][0].get("gpus", []))
     for module, (package, install, built) in EXTRAS.items():
         version, broken = version_of(package), answers[module][1]
-        if not broken:
-            yield Line(package, True, f"{version}, importable{unused}")
-        elif has_old and package != "triton":
+        if broken and has_old and package != "triton":
             yield Line(package, None, "for GPUs of capability 8.0 or newer")
-        elif version:
+        elif version or not broken:
+            text = f"{version}, import fails: {broken}" if broken else f"{version}, importable"
             mend = "python3 -m pip install --force-reinstall --no-deps --no-build-isolation --no-cache-dir"
-            yield Line(package, False, f"{version}, import fails: {broken}", f"{mend} {built}", "speed")
+            yield Line(package, not broken, text, f"{mend} {built}", "speed")
         else:
             needs_nvcc = package == "flash-attn" and shutil.which("nvcc") is None
             text = "not installed" + "; its build needs nvcc, which is not on the PATH" * needs_nvcc
-            yield Line(package, False, text + unused, install, "speed")
-    yield Line("backends", bool(backends), backends or f"cannot be known: {failure}", INSTALL, "the demo")
+            yield Line(package, False, text, install, "speed")
+    yield Line("backends", "backends" in facts, facts.get("backends", failure), INSTALL, "the demo")
 
 
 def check_weights(args: Args, answers: Answers) -> Iterator[Line]:
     """Login, and each model's weights: on this machine, or to be had."""
     facts, failure = answers["hub"]
-    if "local" not in facts:
+    if not facts:
         yield Line("hub", False, f"huggingface_hub cannot be asked: {failure}", INSTALL)
         return
-    access = dict.fromkeys(args.models, "no network") | facts.get("access", {})
-    needs_login = any(access[model] != "open" and model not in facts["local"] for model in args.models)
-    login = facts.get("login", "no network")
+    weights = {model: facts.get(model, UNREACHED) for model in args.models}
+    needs_login = bool(WEIGHTS.keys() & weights.values())
+    text = "a token is there" if facts["token"] else "no token"
     mend = "hf auth login    # token: https://huggingface.co/settings/tokens"
-    if facts["has_token"]:
-        text = login if login.startswith("as ") else f"a token is there; {login}"
-        yield Line("login", login != REFUSED, text, mend)
-    else:
-        text = "no token" if needs_login else "no token; these weights need none"
-        yield Line("login", False if needs_login else None, text, mend)
-    for model in args.models:
-        source, have, of = facts[model]
-        text = f"{source}: " + (f"{have} of {of} files on this machine" if of else "not on this machine")
-        if model in facts["local"]:
-            yield Line(model, True, f"{source}: on this machine, all {of} files")
-        elif access[model] == "open":
-            yield Line(model, True, f"{text}, to be had from the hub")
-        elif access[model] == REFUSED:
-            mend = f"accept the licence at https://huggingface.co/{source}, then: hf auth login"
-            yield Line(model, False, f"{text}, {REFUSED}", mend)
-        else:
-            mend = f"where there is a network: hf download {source}; or pass --checkpoint FOLDER to the stage"
-            yield Line(model, False, f"{text}, access cannot be known: {access[model]}", mend)
+    yield Line("login", facts["token"] or (False if needs_login else None), text, mend)
+    for model, found in weights.items():
+        source = facts["zoo"][model]
+        yield Line(model, found not in WEIGHTS, f"{source}: {found}", WEIGHTS.get(found, "").format(source))
 
 
 def check_disk(args: Args, answers: Answers) -> Iterator[Line]:
@@ -429,25 +354,18 @@ def check_disk(args: Args, answers: Answers) -> Iterator[Line]:
     hub, _ = answers["hub"]
     paths = (args.artifacts.absolute(), Path(hub.get("cache", "/")))
     folder, cache = (next(p for p in (path, *path.parents) if p.exists()) for path in paths)
-    if not os.access(folder, os.W_OK):
-        mend = f"sudo chown -R $USER {folder}, or another --artifacts"
-        yield Line(str(args.artifacts), False, f"{folder} cannot be written", mend)
-        return
-    shares_disk = cache.stat().st_dev == folder.stat().st_dev
-    free_gb, cache_gb = (shutil.disk_usage(path).free / 1e9 for path in (folder, cache))
-    local = hub.get("local", ())
-    downloads_gb = {model: 0 if model in local else NEEDS[model].weights_gb for model in args.models}
-    for model, download_gb in downloads_gb.items():
+    mend = f"sudo chown -R $USER {folder}, or another --artifacts"
+    yield Line("artifacts", os.access(folder, os.W_OK), f"written into {folder}", mend)
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    for model in args.models:
         parts = {"weights": NEEDS[model].weights_gb, "state": NEEDS[model].training_state_gb}
-        parts |= {"download": download_gb} if shares_disk and download_gb else {}
+        if cache.stat().st_dev == folder.stat().st_dev and hub.get(model) != HERE:
+            parts["download"] = NEEDS[model].weights_gb
         need_gb = sum(parts.values())
         text = ", ".join(f"{name} {gb}" for name, gb in parts.items())
         text = f"{free_gb:,.0f} GB free; needs about {need_gb} ({text})"
         mend = f"free {need_gb - free_gb:.0f} GB on the disk of {folder}, or --artifacts FOLDER on another"
         yield Line(model, need_gb <= free_gb, text, mend)
-    if not shares_disk and (need_gb := sum(downloads_gb.values())):
-        text = f"{cache_gb:,.0f} GB free in {cache}; downloads about {need_gb}"
-        yield Line("hub cache", need_gb <= cache_gb, text, "export HF_HOME=/a/larger/disk/huggingface")
 
 
 def check_data(args: Args, answers: Answers) -> Iterator[Line]:
@@ -459,70 +377,39 @@ def check_data(args: Args, answers: Answers) -> Iterator[Line]:
         if (tables / table).exists() and not (args.data / raw).exists():
             yield Line(raw, None, f"not there, but {table} is")
         else:
-            yield judge_file(args.data / raw, purpose, fetch.format(data))
+            again = f"rm -r {data}/{raw}    # then: {fetch.format(data)}"
+            yield judge_file(args.data / raw, purpose, fetch.format(data), again)
         yield judge_file(tables / table, purpose, prep, f"{prep} --overwrite")
     for name in POOL:
         yield judge_file(tables / name, "training", f"{prep} --hub", f"{prep} --hub --overwrite")
-    named = {*POOL, *(table for table, _, _ in RAW.values())}
-    for path in sorted(path for path in tables.glob("*.parquet") if path.name not in named):
-        yield judge_file(path, "training", "make it again")
 
 
-def judge_file(path: Path, purpose: str, fetch: str, again: str = "") -> Line:
+def judge_file(path: Path, purpose: str, fetch: str, again: str) -> Line:
     """Number of rows, or why it is not known; `fetch` brings an absent file, `again` a damaged one."""
     try:
-        path.open("rb").close()  # what is absent or forbidden in Python's words, not in polars'
-        return Line(path.name, True, f"{count_rows(path):,} rows")
+        if path.suffix == ".parquet":
+            rows = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+        else:
+            rows = pl.read_csv(path, infer_schema=False, glob=False).height
+        return Line(path.name, rows > 0, f"{rows:,} rows", again, purpose)
     except FileNotFoundError:
         return Line(path.name, False, f"not in {path.parent}", fetch, purpose)
-    except PermissionError:
-        return Line(path.name, False, "no permission to read it", f"chmod u+r {quote(str(path))}", purpose)
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        text = f"cut off or damaged: {error}".partition("\n")[0]
-        return Line(path.name, False, text, again or f"rm -r {quote(str(path))}    # then: {fetch}", purpose)
-
-
-def count_rows(path: Path) -> int:
-    """Rows of a Parquet file, by its footer, or of a raw CSV; polars' errors, or a ValueError, if damaged."""
-    if path.suffix == ".parquet":
-        return pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
-    rows = pl.read_csv(path, infer_schema=False, glob=False)
-    if rows.is_empty() or rows[-1, -1] is None:  # the last column of every raw file is filled
-        raise ValueError(f"{len(rows):,} rows, and the last is not whole")
-    return len(rows)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        mend = f"chmod u+r {quote(str(path))}" if isinstance(error, PermissionError) else again
+        return Line(path.name, False, f"cannot be read: {error}".partition("\n")[0], mend, purpose)
 
 
 def check_kaggle(args: Args, answers: Answers) -> Iterator[Line]:
     """Client and credentials of an upload; the client is not imported, since that logs in."""
-    only, purpose, version = "only an upload to Kaggle uses it", "a submission", version_of("kaggle")
-    text = version or f"not installed; {only}"
-    yield Line("kaggle", version is not None, text, "python3 -m pip install kaggle", purpose)
-    folders = [os.environ.get("KAGGLE_CONFIG_DIR") or "~/.kaggle", "~/.kaggle", "~/.config/kaggle"]
-    paths = [Path(folder).expanduser() for folder in folders]
-    files = [path / name for path in paths for name in ("access_token", "kaggle.json")]
-    path = next((path for path in files if path.exists()), None)
-    variable = next((name for name in ("KAGGLE_API_TOKEN", "KAGGLE_KEY") if os.environ.get(name)), None)
+    version, purpose = version_of("kaggle"), "a submission"
+    yield Line("kaggle", bool(version), version or "not installed", "python3 -m pip install kaggle", purpose)
+    variables = (("KAGGLE_API_TOKEN",), ("KAGGLE_USERNAME", "KAGGLE_KEY"))
+    found = [" and ".join(names) for names in variables if all(map(os.environ.get, names))]
+    folders = (os.environ.get("KAGGLE_CONFIG_DIR", "~/.kaggle"), "~/.kaggle", "~/.config/kaggle")
+    files = [Path(folder, name) for folder in folders for name in ("access_token", "kaggle.json")]
+    found += [str(path) for path in files if path.expanduser().exists()]
     mend = "make a token at https://www.kaggle.com/settings (API), and put it into ~/.kaggle/"
-    if variable == "KAGGLE_API_TOKEN" or (variable and os.environ.get("KAGGLE_USERNAME")):
-        yield Line("kaggle token", True, f"in {variable}")
-    elif path is None:
-        yield Line("kaggle token", False, f"none; {only}", mend, purpose)
-    else:
-        text = path.read_text(encoding="utf-8", errors="replace").strip()
-        is_token = '"username"' in text and '"key"' in text if path.suffix else bool(text)
-        text = f"{path}" if is_token else f"{path} cannot be read as a token"
-        yield Line("kaggle token", is_token, text, mend, purpose)
-
-
-CHECKS = {
-    "Python": check_python,
-    "GPU": check_gpu,
-    "Ops": check_ops,
-    "Weights": check_weights,
-    "Disk": check_disk,
-    "Data": check_data,
-    "Submission": check_kaggle,
-}
+    yield Line("kaggle token", bool(found), found[0] if found else "none", mend, purpose)
 
 
 def report(topics: dict[str, list[Line]], *, strict: bool) -> int:
@@ -539,6 +426,7 @@ def report(topics: dict[str, list[Line]], *, strict: bool) -> int:
     missing, mends = Counter(), {}
     for topic, lines in topics.items():
         table.add_section()
+        topic = topic.removeprefix("check_")
         table.add_row(Text(topic, style="bold"))
         for line in lines:
             state = Text(*looks.get(line.is_fine, ("- not needed here", "dim")))
@@ -552,7 +440,7 @@ def report(topics: dict[str, list[Line]], *, strict: bool) -> int:
     for (topic, mend), lines in mends.items():
         purposes = " and ".join(dict.fromkeys(line.purpose for line in lines))
         say(f"  {topic}: {', '.join(line.check for line in lines)} (for {purposes})\n      {mend}")
-    named = ", ".join(f"{missing[purpose]} for {purpose}" for purpose in PURPOSES if missing[purpose])
+    named = ", ".join(f"{number} for {purpose}" for purpose, number in missing.items())
     demo = "the demo cannot run yet" if missing["the demo"] else "the demo runs here: just demo"
     say(f"{missing.total()} missing{f' ({named})' if named else ''}; {demo}")
     return int(bool(missing["the demo"] or (strict and missing["training"])))
@@ -560,8 +448,7 @@ def report(topics: dict[str, list[Line]], *, strict: bool) -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["tell"]:
-        tell = {"driver": tell_driver, "torch": tell_torch, "hub": tell_hub}[sys.argv[2]]
-        for facts in tell(*sys.argv[3:]):
+        for facts in globals()[f"tell_{sys.argv[2]}"](*sys.argv[3:]):
             print(json.dumps(facts), flush=True)
     else:
         cli(main)
