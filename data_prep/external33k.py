@@ -15,14 +15,7 @@ from pathlib import Path
 import polars as pl
 
 from common.console import cli
-from common.data.chats import (
-    MESSAGES,
-    NOT_ALTERNATING,
-    alternates,
-    assistant_turns,
-    stable_key,
-    user_turns,
-)
+from common.data import chats
 from common.data.sources import Raw, check_raw, column_names, open_raw
 from common.data.sources.find import RawFile, fetch, find_raw
 from common.data.sources.made import check_output, made_of, without_prompts, write_made
@@ -36,8 +29,8 @@ ORIGINAL = {
     "question_id": pl.String(),
     **{f"{name}?": pl.String() for name in MODELS},
     "winner": pl.String(),
-    "conversation_a": MESSAGES,
-    "conversation_b": MESSAGES,
+    "conversation_a": chats.MESSAGES,
+    "conversation_b": chats.MESSAGES,
 }
 WINNERS = {"model_a": 0, "model_b": 1, "tie": 2, "tie (bothbad)": 2}
 """What the original votes say -> index of `LABELS`."""
@@ -127,7 +120,7 @@ def read_votes(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, 
     """
     with reading(*raw.names):
         votes = raw.frame.collect()
-    dropped = {r: int((votes["left_out"] == r).sum()) for r in (NOT_ALTERNATING, OTHER_USER_TURNS)}
+    dropped = {r: int((votes["left_out"] == r).sum()) for r in (chats.NOT_ALTERNATING, OTHER_USER_TURNS)}
     incomplete = _incomplete(votes)
     rest = votes.filter(pl.col("left_out").is_null() & pl.col("has_vote") & pl.col("has_chats"))
     frame, report = check_raw(raw, rest, rejected=[incomplete], dropped=dropped, skip_bad_rows=skip_bad_rows)
@@ -136,7 +129,7 @@ def read_votes(raw: Raw, *, skip_bad_rows: bool = False) -> tuple[pl.DataFrame, 
 
 def first_of_each_prompt(frame: pl.DataFrame) -> pl.DataFrame:
     """One vote a prompt (all user turns), the first in id order; sorted in that order."""
-    keyed = frame.with_columns(prompt_key=stable_key(pl.col("prompt")))
+    keyed = frame.with_columns(prompt_key=chats.stable_key(pl.col("prompt")))
     first = keyed.sort(*id_order()).unique("prompt_key", keep="first", maintain_order=True)
     return first.drop("prompt_key")
 
@@ -146,9 +139,9 @@ def _from_original(frame: pl.LazyFrame) -> pl.LazyFrame:
     named = frame.with_columns(
         id=pl.col("question_id"),
         **{label: winner.eq(i) for i, label in enumerate(LABELS)},
-        prompt=user_turns("conversation_a"),
-        response_a=assistant_turns("conversation_a"),
-        response_b=assistant_turns("conversation_b"),
+        prompt=chats.user_turns("conversation_a"),
+        response_a=chats.assistant_turns("conversation_a"),
+        response_b=chats.assistant_turns("conversation_b"),
     )
     return _with_flags(
         named,
@@ -171,13 +164,13 @@ def _with_flags(frame: pl.LazyFrame, **flags: pl.Expr) -> pl.LazyFrame:
 
 def _left_out() -> pl.Expr:
     """Why two chats cannot be compared; null where they can be, or where one is missing (a bad row)."""
-    chats = ("conversation_a", "conversation_b")
-    is_there = pl.all_horizontal(pl.col(chats).is_not_null())
-    turns_differ = stable_key(user_turns(chats[0])) != stable_key(user_turns(chats[1]))
+    sides = ("conversation_a", "conversation_b")
+    is_there = pl.all_horizontal(pl.col(sides).is_not_null())
+    a, b = (chats.stable_key(chats.user_turns(side)) for side in sides)
     return (
-        pl.when(is_there & ~pl.all_horizontal(map(alternates, chats)))
-        .then(pl.lit(NOT_ALTERNATING))
-        .when(is_there & turns_differ)
+        pl.when(is_there & ~pl.all_horizontal(map(chats.alternates, sides)))
+        .then(pl.lit(chats.NOT_ALTERNATING))
+        .when(is_there & (a != b))
         .then(pl.lit(OTHER_USER_TURNS))
     )
 

@@ -19,15 +19,7 @@ from tempfile import TemporaryDirectory
 import polars as pl
 
 from common.console import cli
-from common.data.chats import (
-    MESSAGES,
-    NOT_ALTERNATING,
-    alternates,
-    assistant_turns,
-    seeded_order,
-    stable_key,
-    user_turns,
-)
+from common.data import chats
 from common.data.sources import Raw, open_raw
 from common.data.sources.find import fetch, find_raw
 from common.data.sources.made import EXCLUDED, JOINED, check_output, made_of, prompt_keys, write_made
@@ -36,7 +28,7 @@ from common.runs import is_made
 
 SOURCE = "lmsys1m"
 HUB_ID = "lmsys/lmsys-chat-1m"
-INPUT_SCHEMA = {"conversation_id": pl.String, "model": pl.String, "conversation": MESSAGES}
+INPUT_SCHEMA = {"conversation_id": pl.String, "model": pl.String, "conversation": chats.MESSAGES}
 KEYS = ("prompt_key", "reply_key")
 CONTENT = ("model", "alternates", *KEYS)
 """Columns that tell two conversations apart."""
@@ -128,14 +120,16 @@ def content_keys() -> list[pl.Expr]:
     they always tell whether two chats are equal.
     """
     part = pl.col("conversation").list.eval
-    regular = alternates("conversation")
+    regular = chats.alternates("conversation")
     roles, contents = (part(pl.element().struct.field(name)) for name in ("role", "content"))
     return [
         regular.alias("alternates"),
-        stable_key(pl.when(regular).then(user_turns("conversation")).otherwise(roles)).alias("prompt_key"),
-        stable_key(pl.when(regular).then(assistant_turns("conversation")).otherwise(contents)).alias(
-            "reply_key"
+        chats.stable_key(pl.when(regular).then(chats.user_turns("conversation")).otherwise(roles)).alias(
+            "prompt_key"
         ),
+        chats.stable_key(
+            pl.when(regular).then(chats.assistant_turns("conversation")).otherwise(contents)
+        ).alias("reply_key"),
     ]
 
 
@@ -191,7 +185,7 @@ def choose_pairs(
         `index`, conversation_id, model, `pair` (its number) and `is_a` of two conversations a pair; and how
         many conversations were left out on purpose, by reason, in the order in which that happens.
     """
-    regular = light.filter("alternates").with_columns(choice=seeded_order(seed, "conversation_id"))
+    regular = light.filter("alternates").with_columns(choice=chats.seeded_order(seed, "conversation_id"))
     # rows that are equal in all of these columns are the same conversation: it does not matter which stays
     ordered = regular.sort("choice", "model", *KEYS)
     different = ordered.unique(KEYS, keep="first", maintain_order=True)
@@ -199,14 +193,14 @@ def choose_pairs(
     # another hash than the choice's: a model with many conversations would often be the first, hence A
     place = pl.int_range(pl.len()).over("prompt_key")
     placed = (
-        of_models.with_columns(order=seeded_order(seed, "conversation_id", "model"))
+        of_models.with_columns(order=chats.seeded_order(seed, "conversation_id", "model"))
         .sort("prompt_key", "order")
         .with_columns(place=place, num_models=pl.len().over("prompt_key"))
     )
     paired = placed.filter(pl.col("place") < pl.col("num_models") // 2 * 2)
     kept = paired.filter(~pl.col("prompt_key").is_in(excluded.implode()))
     steps = {
-        NOT_ALTERNATING: (light, regular),
+        chats.NOT_ALTERNATING: (light, regular),
         "repeated conversation": (regular, different),
         "model already in the group": (different, of_models),
         "left without a partner": (of_models, paired),
@@ -237,8 +231,8 @@ def gather(frame: pl.LazyFrame, chosen: pl.DataFrame, scratch: Path) -> pl.DataF
         rows.join(chosen.lazy(), on="index", build_side="force_right")
         .select(
             *("pair", "is_a", "conversation_id", "model"),
-            prompt=pl.when("is_a").then(user_turns("conversation")),
-            response=assistant_turns("conversation"),
+            prompt=pl.when("is_a").then(chats.user_turns("conversation")),
+            response=chats.assistant_turns("conversation"),
         )
         .sink_parquet(file, compression="lz4", row_group_size=2000, maintain_order=False)
     )

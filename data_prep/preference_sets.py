@@ -20,17 +20,7 @@ from pathlib import Path
 import polars as pl
 
 from common.console import cli
-from common.data.chats import (
-    MESSAGES,
-    NOT_ALTERNATING,
-    alternates,
-    assistant_turns,
-    seeded_order,
-    stable_key,
-    system_message,
-    user_turns,
-    without_system,
-)
+from common.data import chats
 from common.data.sources import PLACES, Raw, check_raw, open_raw
 from common.data.sources.find import PREFERENCE_SETS, RawFile, fetch, find_raw
 from common.data.sources.made import check_output, made_of, without_prompts, write_made
@@ -38,8 +28,8 @@ from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport, readi
 from common.runs import is_made
 
 SCHEMA_IN = {
-    "chosen": MESSAGES,
-    "rejected": MESSAGES,
+    "chosen": chats.MESSAGES,
+    "rejected": chats.MESSAGES,
     **{f"{side}_{what}?": pl.Float64() for side in ("chosen", "rejected") for what in ("score", "rating")},
     **{f"{side}_model?": pl.String() for side in ("chosen", "rejected")},
 }
@@ -159,7 +149,7 @@ def read_sets(
     unusable = _unusable(rows)
     rest = rows.filter(pl.col("left_out").is_null() & pl.col("is_usable"))
     different = _first_of_repeats(rest)
-    reasons = (NOT_ALTERNATING, OTHER_SYSTEM, OTHER_USER_TURNS, IDENTICAL)
+    reasons = (chats.NOT_ALTERNATING, OTHER_SYSTEM, OTHER_USER_TURNS, IDENTICAL)
     dropped = {
         **{reason: int((rows["left_out"] == reason).sum()) for reason in reasons},
         REPEATED: len(rest) - len(different),
@@ -183,18 +173,19 @@ def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
     """What `open_sets` gives."""
     sides = ("chosen", "rejected")
     frame = frame.with_columns(
-        *(without_system(side).alias(side) for side in sides),
-        *(system_message(side).alias(f"{side}_system") for side in sides),
+        *(chats.without_system(side).alias(side) for side in sides),
+        *(chats.system_message(side).alias(f"{side}_system") for side in sides),
     )
     has_chats = pl.all_horizontal(pl.col(sides).is_not_null())
     scores = [pl.coalesce(f"{side}_score", f"{side}_rating") for side in sides]
     is_usable = has_chats & pl.all_horizontal(score.is_finite().fill_null(True) for score in scores)
     prompts, answers = (
-        [stable_key(turns(side)) for side in sides] for turns in (user_turns, assistant_turns)
+        [chats.stable_key(turns(side)) for side in sides]
+        for turns in (chats.user_turns, chats.assistant_turns)
     )
     left_out = (
-        pl.when(is_usable & ~pl.all_horizontal(map(alternates, sides)))
-        .then(pl.lit(NOT_ALTERNATING))
+        pl.when(is_usable & ~pl.all_horizontal(map(chats.alternates, sides)))
+        .then(pl.lit(chats.NOT_ALTERNATING))
         .when(is_usable & pl.col("chosen_system").ne_missing(pl.col("rejected_system")))
         .then(pl.lit(OTHER_SYSTEM))
         .when(is_usable & (prompts[0] != prompts[1]))
@@ -202,12 +193,14 @@ def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
         .when(is_usable & (answers[0] == answers[1]))
         .then(pl.lit(IDENTICAL))
     )
-    earlier = [stable_key(turns.list.head(turns.list.len() - 1)) for turns in map(assistant_turns, sides)]
+    earlier = [
+        chats.stable_key(turns.list.head(turns.list.len() - 1)) for turns in map(chats.assistant_turns, sides)
+    ]
     return frame.select(
         pl.lit(source).alias("source"),
         *PLACES,
-        user_turns("chosen").alias("prompt"),
-        *(assistant_turns(side).alias(f"{side}_answers") for side in sides),
+        chats.user_turns("chosen").alias("prompt"),
+        *(chats.assistant_turns(side).alias(f"{side}_answers") for side in sides),
         *(score.alias(f"{side}_score") for score, side in zip(scores, sides, strict=True)),
         *(
             pl.when(pl.col(f"{side}_model") != "").then(f"{side}_model").alias(f"{side}_model")
@@ -218,9 +211,9 @@ def _compared(frame: pl.LazyFrame, source: str) -> pl.LazyFrame:
         left_out=left_out,
         has_system=pl.col("chosen_system").is_not_null(),
         earlier_differs=earlier[0] != earlier[1],
-        id=stable_key(pl.concat_list(key.bin.encode("hex") for key in (prompts[0], *answers))).bin.encode(
-            "hex"
-        ),
+        id=chats.stable_key(
+            pl.concat_list(key.bin.encode("hex") for key in (prompts[0], *answers))
+        ).bin.encode("hex"),
     )
 
 
@@ -233,7 +226,7 @@ def _first_of_repeats(rows: pl.DataFrame) -> pl.DataFrame:
 
 def _with_sides(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
     """`SCHEMA`, score_a, score_b, `PLACES`: chosen is A where the first bit of a hash of seed and id is 0."""
-    digit = seeded_order(seed, "id").bin.encode("hex").str.slice(0, 1)
+    digit = chats.seeded_order(seed, "id").bin.encode("hex").str.slice(0, 1)
     rows = rows.with_columns(chosen_is_a=digit.is_in(list("01234567")))
 
     def side(what: str, *, is_a: bool) -> pl.Expr:

@@ -28,19 +28,8 @@ from common.data.table import LABELS, ORDERS, Order, is_labelled, labels_array, 
 from common.files import file_hash, read_json, write_json
 from common.models import checkpoint_hash
 from common.runs import Run, find_complete
+from common.score import ensemble
 from common.score.calibration import MIN_LABELLED, calibrate
-from common.score.ensemble import (
-    EnsembleOrder,
-    contributed,
-    group_columns,
-    group_keys,
-    interval,
-    labelled_rows,
-    make_groups,
-    read_group,
-    read_table,
-    score_groups,
-)
 from common.score.metrics import ENSEMBLE, FITTED, PRIOR
 from common.score.predict import predict_orders
 from common.tokens import tokenise
@@ -66,7 +55,7 @@ class Args:
     """Ensemble weights, one a model; equal by default."""
     orders: tuple[Order, ...] = ORDERS
     """Orders in which the answers are shown."""
-    ensemble_orders: tuple[EnsembleOrder, ...] = ()
+    ensemble_orders: tuple[ensemble.EnsembleOrder, ...] = ()
     """Order that each model adds to the ensemble, one a model; by default both: the mean of its orders."""
     calibrate: bool = False
     """Fit temperature and vector scaling across folds; a finished evaluation is added to, not repeated."""
@@ -101,15 +90,15 @@ class Args:
 def main(args: Args) -> None:
     accelerator = start(replicas=True)
     checkpoints = find_checkpoints(args) if args.table is None else {}
-    frame, given = (None, {}) if args.table is None else read_table(args.table)
+    frame, given = (None, {}) if args.table is None else ensemble.read_table(args.table)
     names = [*checkpoints, *given]
-    ensemble = resolve_ensemble(args, names)
+    weighing = resolve_ensemble(args, names)
     if frame is None:
         frame = find_comparisons(args, tuple(checkpoints.values()))
     check_calibration(args, frame)
     run = Run.open(
         args.execution.artifacts / "evaluate" / args.name,
-        recipe={"models": names, "orders": list(args.orders), **ensemble},
+        recipe={"models": names, "orders": list(args.orders), **weighing},
         inputs={
             "checkpoints": [checkpoint_hash(path) for path in checkpoints.values()],
             "probabilities": [],  # says nothing any more, but finished evaluations hold it
@@ -170,7 +159,7 @@ def check_calibration(args: Args, frame: pl.DataFrame) -> None:
 
     The flag is not in the recipe: it adds a file that follows from the saved probabilities.
     """
-    num_labelled = int(labelled_rows(frame).sum())
+    num_labelled = int(ensemble.labelled_rows(frame).sum())
     if args.calibrate and num_labelled < MIN_LABELLED:
         raise ValueError(
             f"--calibrate has {num_labelled} labelled comparisons, at least {MIN_LABELLED} are needed (and "
@@ -225,17 +214,19 @@ def finish(
     """Saves probabilities by key, the scores of what is labelled, and the picture of how honest they are."""
     recipe = run.description["recipe"]
     run.begin()
-    groups, fit = make_groups(frame, orders, recipe["weights"], recipe["ensemble_orders"])
-    table = frame.select("source", "id", *LABELS).with_columns(group_columns(groups))
+    groups, fit = ensemble.make_groups(frame, orders, recipe["weights"], recipe["ensemble_orders"])
+    table = frame.select("source", "id", *LABELS).with_columns(ensemble.group_columns(groups))
     write_table(table, run.folder / "probabilities.parquet")
-    scores = score_groups(frame, groups, prior, fit)
+    scores = ensemble.score_groups(frame, groups, prior, fit)
     write_json(run.folder / "scores.json", scores)
     if scores:
         from common.report.pictures import reliability  # scoring does not wait for matplotlib
 
-        labelled = labelled_rows(frame)
+        labelled = ensemble.labelled_rows(frame)
         labels = labels_array(frame)[labelled]
-        shown = {name: groups[contributed(name, order)] for name, order in ensemble_members(run).items()}
+        shown = {
+            name: groups[ensemble.contributed(name, order)] for name, order in ensemble_members(run).items()
+        }
         if len(shown) > 1:
             shown[ENSEMBLE] = groups[ENSEMBLE]
         reliability(
@@ -251,7 +242,7 @@ def checkpoint_prior(checkpoints: tuple[Path, ...]) -> list[float] | None:
     return np.mean(found, axis=0).tolist() if found else None
 
 
-def ensemble_members(run: Run) -> dict[str, EnsembleOrder]:
+def ensemble_members(run: Run) -> dict[str, ensemble.EnsembleOrder]:
     """Model -> the order that it adds to the ensemble."""
     recipe = run.description["recipe"]
     return dict(zip(recipe["models"], recipe["ensemble_orders"], strict=True))
@@ -270,16 +261,16 @@ def find_calibration(run: Run, frame: pl.DataFrame) -> dict[str, object]:
     table = pl.read_parquet(run.folder / "probabilities.parquet").filter(is_labelled())
     frame = frame.filter(is_labelled())
     assert table.select("source", "id").equals(frame.select("source", "id")), "the inputs' hash says so"
-    labels, keys = labels_array(table), group_keys(frame)
+    labels, keys = labels_array(table), ensemble.group_keys(frame)
     members = ensemble_members(run)
     found = {
         "models": list(members),
         "weights": run.description["recipe"]["weights"],
         "orders": list(members.values()),
         "num_comparisons": len(table),
-        **calibrate(read_group(table, ENSEMBLE), labels, keys),
+        **calibrate(ensemble.read_group(table, ENSEMBLE), labels, keys),
         "per_model": {
-            name: calibrate(read_group(table, contributed(name, order)), labels, keys)
+            name: calibrate(ensemble.read_group(table, ensemble.contributed(name, order)), labels, keys)
             for name, order in members.items()
         },
     }
@@ -297,13 +288,19 @@ def show_scores(title: str, scores: dict[str, dict]) -> None:
     say(f"prior: always the mean of {scores[PRIOR]['from']}")
     if fitted := scores.get(FITTED):
         weights = ", ".join(f"{name} {weight:.3f}" for name, weight in fitted["weights"].items())
-        gain = f"gain {fitted['gain']:.4f} ({interval(fitted['gain_interval'])})"
+        gain = f"gain {fitted['gain']:.4f} ({ensemble.interval(fitted['gain_interval'])})"
         say(f"{FITTED}: {gain} over the given weights, across folds; weights fitted on all: {weights}")
     show_table(
         f"{title}, {ENSEMBLE} by slice",
         ("slice", "by", "comparisons", "log loss", "95 % interval"),
         [
-            (name, dimension, f"{s['num_comparisons']:,}", f"{s['log_loss']:.4f}", interval(s["interval"]))
+            (
+                name,
+                dimension,
+                f"{s['num_comparisons']:,}",
+                f"{s['log_loss']:.4f}",
+                ensemble.interval(s["interval"]),
+            )
             for dimension, groups in scores[ENSEMBLE]["slices"].items()
             for name, s in groups.items()
         ],
@@ -317,7 +314,7 @@ def score_row(group: str, found: dict) -> tuple[str | None, ...]:
         group,
         f"{found['num_comparisons']:,}",
         f"{found['log_loss']:.4f}",
-        interval(found["log_loss_interval"]),
+        ensemble.interval(found["log_loss_interval"]),
         f"{found['accuracy']:.3f}",
         f"{found['calibration_error']['top']:.3f}",
         swap and f"{swap['mean_absolute_difference']:.3f}",
@@ -329,7 +326,7 @@ def show_calibration(title: str, found: dict[str, dict]) -> None:
     rows = []
     for name, one in {**found["per_model"], ENSEMBLE: found}.items():
         judged = [
-            f"{fit['log_loss']:.4f}\n{fit['gain']:+.4f} ({interval(fit['gain_interval'])})"
+            f"{fit['log_loss']:.4f}\n{fit['gain']:+.4f} ({ensemble.interval(fit['gain_interval'])})"
             for fit in (one["temperature"], one["vector"])
         ]
         rows.append((name, f"{one['uncalibrated_log_loss']:.4f}", *judged, one["kept"] or "neither"))
@@ -344,11 +341,11 @@ def write_submission(path: Path, probabilities: Path, frame: pl.DataFrame) -> No
     """Writes id and the ensemble's three probabilities, each row summing to 1, in the order of `frame`."""
     if frame["id"].is_duplicated().any():
         raise ValueError("a submission needs unique ids; the comparisons come from sources that share some")
-    ensemble = pl.read_parquet(probabilities).select(
+    answers = pl.read_parquet(probabilities).select(
         "id", *(pl.col(f"{ENSEMBLE}/{label}").cast(pl.Float64).alias(label) for label in LABELS)
     )
     total = pl.sum_horizontal(LABELS)
-    table = frame.select("id").join(ensemble, on="id", how="left", maintain_order="left", validate="1:1")
+    table = frame.select("id").join(answers, on="id", how="left", maintain_order="left", validate="1:1")
     write_table(table.with_columns(pl.col(label) / total for label in LABELS), path)
 
 

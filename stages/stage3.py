@@ -15,19 +15,9 @@ import tyro
 
 from common.console import cli, say
 from common.data.held_out import all_trained_on, load_comparisons, require_labels, split_fold
+from common.train import steps
 from common.train.fit import fit
 from common.train.recipe import TINY, Execution, Recipe, Training, by_model
-from common.train.steps import (
-    begin,
-    describe,
-    load_and_place,
-    open_parent,
-    open_run,
-    save,
-    score_held_out,
-    start_training,
-    tokenise_for,
-)
 
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(comparisons_per_step=400, sliding_window="off"),
@@ -62,13 +52,13 @@ class Args:
 def main(args: Args) -> None:
     recipe, artifacts = args.recipe, args.execution.artifacts
     output = args.output or artifacts / "stage3" / f"{args.model}{'-final' if args.final else ''}"
-    accelerator = start_training("stage3", args.model, output, args.training)
+    accelerator = steps.start_training("stage3", args.model, output, args.training)
 
     paths = args.votes or (artifacts / "data/arena55k.parquet", artifacts / "data/arena33k.parquet")
     votes = load_comparisons(paths, artifacts=artifacts, skip_bad_rows=args.execution.skip_bad_rows)
     train, held_out = (votes, None) if args.final else split_fold(votes, args.held_out_fold)
     require_labels("stage3", train, held_out)
-    parent = open_parent(
+    parent = steps.open_parent(
         args.checkpoint or str(artifacts / "stage2" / args.model),
         recipe,
         instruction=args.instruction,
@@ -76,24 +66,24 @@ def main(args: Args) -> None:
     )
     title = f"stage3 {args.model} <- {parent.name}"
     if args.training.dry_run:
-        sequences = tokenise_for(recipe, train, parent, args.execution, accelerator)
-        return describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
-    run = open_run(
+        sequences = steps.tokenise_for(recipe, train, parent, args.execution, accelerator)
+        return steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
+    run = steps.open_run(
         "stage3", args.model, output, recipe, parent, train=train, held_out=held_out, accelerator=accelerator
     )
     if run.is_complete:
         return say(f"{output} is up to date")
-    sequences = tokenise_for(recipe, train, parent, args.execution, accelerator)
-    describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
+    sequences = steps.tokenise_for(recipe, train, parent, args.execution, accelerator)
+    steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
     trained_on = all_trained_on(train, parent.folder)
 
-    model = load_and_place(parent, recipe, ops=args.execution.ops, accelerator=accelerator)
-    begin(run, sequences, recipe, accelerator)
+    model = steps.load_and_place(parent, recipe, ops=args.execution.ops, accelerator=accelerator)
+    steps.begin(run, sequences, recipe, accelerator)
     fit(model, sequences, recipe=recipe, training=args.training, run=run, accelerator=accelerator)
-    metrics = score_held_out(
+    metrics = steps.score_held_out(
         model, held_out, run, recipe, parent, args.execution, accelerator, train=train, trained_on=trained_on
     )
-    save(model, run, recipe, parent, accelerator, metrics=metrics, train=train, trained_on=trained_on)
+    steps.save(model, run, recipe, parent, accelerator, metrics=metrics, train=train, trained_on=trained_on)
 
 
 if __name__ == "__main__":
