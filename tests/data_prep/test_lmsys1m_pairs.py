@@ -242,7 +242,7 @@ def test_a_wrong_part_would_be_noticed(name, wrong, monkeypatch):
     ]
     rows += [("odd", "m1", [{"role": "system", "content": "a"}, {"role": "assistant", "content": "b"}])]
     check_exact(rows, [["a", "c"]], SEED)
-    monkeypatch.setattr(lmsys1m_pairs if name != "prompt_keys" else sys.modules[__name__], name, wrong)
+    monkeypatch.setattr(lmsys1m_pairs.chats if name != "prompt_keys" else sys.modules[__name__], name, wrong)
     with pytest.raises(AssertionError):
         check_exact(rows, [["a", "c"]], SEED)
 
