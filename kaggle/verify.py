@@ -49,10 +49,10 @@ TINY_PARAMETERS = 10_000_000
 NUM_STRESS_ROWS, NUM_STRESS_ROWS_LARGE = 25_000, 200
 SUM_TOLERANCE = 1e-6
 PROBE = """
-import os, socket
+import os, socket, tempfile
 for name, reach in (
     ("network", lambda: socket.create_connection(("127.0.0.1", int(os.environ["PROBE_PORT"])), timeout=10)),
-    ("inputs", lambda: open(os.environ["BUNDLE_INPUTS"] + "/bundle/probe", "w")),
+    ("inputs", lambda: tempfile.TemporaryFile(dir=os.environ["BUNDLE_INPUTS"] + "/bundle")),
 ):
     try:
         reach().close()
@@ -207,8 +207,7 @@ def run_and_check(
     checks = [Check("network cut off", is_cut_off, f"{how}: {said}")]
     if how == NAMESPACE:
         checks.append(Check("inputs read-only", *probes["inputs"]))
-    unchanged = file_hash(csv_path) == before and not list(bundle.glob("probe"))
-    checks.append(Check("test.csv unchanged", unchanged, before[:12]))
+    checks.append(Check("test.csv unchanged", file_hash(csv_path) == before, before[:12]))
     try:
         answers = read_answers(work / "submission.csv", csv_path, manifest["prior"], malformed)
     except ValueError as error:

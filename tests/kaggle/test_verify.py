@@ -41,20 +41,24 @@ def verified(submitted, tmp_path):
 
 @pytest.fixture(scope="module")
 def python(built, tmp_path_factory):
-    """Python of the environment that a bundle of `built` asks for."""
+    """Python of the environment that a bundle of `built` asks for, without sockets."""
     wanted = read_bundle(built / "bundle")["requirements"]
     return make_environment(
         tmp_path_factory.mktemp("environment") / "e",
         wanted["libraries"] | wanted["kernel"],
-        block_sockets=isolation() == SOCKET_BLOCK,
+        block_sockets=True,
     )
 
 
 @pytest.fixture
 def run_verify(python, monkeypatch):
-    """Verifies a bundle on the first set only, in an environment that several tests share."""
+    """Verifies a bundle on the first set only, in a shared environment and the weaker isolation.
+
+    `submitted` was verified on both sets, in an environment of its own and the strongest isolation.
+    """
     prepare_sets = verify.prepare_sets
     monkeypatch.setattr(verify, "prepare_sets", lambda *arguments: prepare_sets(*arguments)[:1])
+    monkeypatch.setattr(verify, "isolation", lambda: SOCKET_BLOCK)
     monkeypatch.setattr(verify, "make_environment", lambda *_, **__: python)
 
     def run(artifacts, **flags):
@@ -209,6 +213,11 @@ def test_the_stress_set_is_what_it_says(tmp_path):
     assert len(set(ids)) < len(ids) and max(map(len, ids)) == 40 and "[null]" in text
     assert "<|eot_id|>" in text and "\\ud83e " in text and max(len(cells[1]) for _, cells in rows) > 80_000
     assert set(malformed.values()) >= {"malformed JSON", "no turns", "wrong number of cells"}
+
+
+def test_a_machine_without_namespaces_verifies_too(artifacts, run_verify):
+    run_verify(artifacts)
+    assert read_verification(artifacts / "bundle")["isolation"] == SOCKET_BLOCK
 
 
 def test_a_final_that_is_gone(artifacts, run_verify):
