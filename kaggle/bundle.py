@@ -7,8 +7,10 @@ Run   just submit, which also verifies it; alone: python kaggle/bundle.py
 Weights are converted one model at a time on the CPU: 9B takes about 20 GB of memory.
 """
 
+import itertools
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -25,33 +27,32 @@ from common.console import cli, say, show_table
 from common.data.table import LABELS, Order, is_labelled, labels_array
 from common.files import file_hash, read_json, replacing_folder, text_hash, write_json
 from common.models import checkpoint_hash, load_model, save_checkpoint
+from common.prompts import load_tokenizer
 from common.score.calibration import cross_fit_weights
 from common.score.ensemble import contributed, interval, read_group
 from common.trained import open_prompter
 
 ROOT = Path(__file__).resolve().parent.parent
-NOTEBOOK = ROOT / "kaggle/notebook.ipynb"
 SERVED = (
-    *("files", "console", "batching", "ops", "models", "data/__init__", "data/table", "data/votes_csv"),
-    *("prompts", "trained", "score/__init__", "score/metrics"),
+    *("__init__", "files", "console", "batching", "ops", "models", "prompts", "trained"),
+    *("data/__init__", "data/table", "data/votes_csv", "score/__init__", "score/metrics"),
 )
 """Modules of `common` that the notebook needs."""
 SCRIPTS = ("infer.py", "bundle_manifest.py")
 LIBRARIES = ("torch", "transformers", "safetensors", "polars", "rich", "numpy", "huggingface-hub", "jinja2")
-"""What the served code imports; the notebook's machine has them."""
-KERNEL = ("ipykernel",)
-"""What runs a notebook; the notebook's machine has it."""
+"""What the served code imports."""
+REQUIREMENTS = {"libraries": LIBRARIES, "kernel": ("ipykernel",)}
+"""What the notebook's machine has: for the served code, and to run a notebook."""
 
 OrderPolicy = Literal[Order, "both"]
 POLICY: dict[str, tuple[OrderPolicy, float]] = {
     # Order in which a model sees the answers, and its weight: the original's 2 : 1. One order each is half
-    # of the time, and two models that see opposite orders make up for each other's leaning.
+    # of the time, and two models that see opposite orders make up for each other's leaning. Others: both, 1.
     "gemma9b": ("given", 2.0),
     "armorm8b": ("swapped", 1.0),
     "tiny-gemma": ("given", 2.0),
     "tiny-llama": ("swapped", 1.0),
 }
-DEFAULT_POLICY: tuple[OrderPolicy, float] = ("both", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,40 +95,11 @@ class Args:
 
 
 def main(args: Args) -> None:
-    output = args.output or args.artifacts / "bundle"
-    manifest = describe(args)
-    if is_same(output, manifest):
-        say(f"{output} is up to date")
-    else:
-        write(manifest, args, output)
+    build(describe(args), args, args.output or args.artifacts / "bundle")
 
 
-def describe(args: Args) -> dict[str, object]:
-    """The manifest of the bundle that these arguments ask for, without its files.
-
-    Raises:
-        ValueError: The finals are missing, broken or do not fit together.
-    """
-    models = [describe_final(path) for path in args.finals or find_finals(args.artifacts / "stage3")]
-    check_together(models, accept_different_data=args.accept_different_data)
-    set_policy(models, args)
-    show_models(models)
-    return {
-        "format": FORMAT,
-        "classes": list(LABELS),
-        "prior": np.mean([model.pop("label_prior") for model in models], axis=0).tolist(),
-        "models": models,
-        "scaling": find_scaling(args, models),
-        "code": code_hash(args.wheels),
-        "requirements": {
-            "libraries": needed_distributions(LIBRARIES),
-            "kernel": needed_distributions(KERNEL),
-        },
-    }
-
-
-def write(manifest: dict, args: Args, output: Path, *, earlier: tuple[Path, ...] = ()) -> None:
-    """Writes a bundle; the folder appears when it is whole.
+def build(manifest: dict, args: Args, output: Path, *, earlier: tuple[Path, ...] = ()) -> None:
+    """Makes a bundle, unless it lies there whole; the folder appears when it is whole.
 
     Args:
         manifest: As of `describe`.
@@ -136,45 +108,91 @@ def write(manifest: dict, args: Args, output: Path, *, earlier: tuple[Path, ...]
         earlier: Further bundles, from which models that did not change are taken.
 
     Raises:
-        ValueError: A weight does not fit fp16, or nothing can be written.
+        ValueError: A weight does not fit fp16, nothing can be written, or the folder holds something else.
     """
+    if is_same(output, manifest):
+        say(f"{output} is up to date")
+        return
+    made = converted_models(*earlier, output)
     with replacing_folder(output) as folder:
-        write_code(folder, args.wheels)
+        for name, source in contents(args.wheels).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / name)
         for model in manifest["models"]:
-            if not take_over(model, folder, (output, *earlier)):
-                final = Path(model["checkpoint"])
-                convert(final, folder / model["folder"], max_shard_bytes=args.max_shard_bytes)
+            final, target = Path(model["checkpoint"]), folder / model["folder"]
+            if (same := made.get(model["checkpoint_hash"])) is not None:
+                say(f"{final}: unchanged since the last bundle")
+                shutil.copytree(same, target, copy_function=link_or_copy)
+            else:
+                convert(final, target, max_shard_bytes=args.max_shard_bytes)
         files = {name: file_hash(folder / name) for name in files_of(folder)}
         write_json(folder / MANIFEST, {**manifest, "files": files})
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
     say(f"{output}: {len(manifest['models'])} models, {size / 1e9:.3f} GB")
 
 
-def find_finals(folder: Path) -> tuple[Path, ...]:
-    """Folders of finished finals, by name.
+def is_same(output: Path, manifest: dict) -> bool:
+    """Whether the bundle that lies there is whole and says the same, its files aside.
 
     Raises:
-        ValueError: There is none.
+        ValueError: The folder holds something else than a bundle.
     """
-    found = tuple(path.parent for path in sorted(folder.glob("*-final/run.json")))
-    if not found:
+    if not output.exists() or not any(output.iterdir()):
+        return False
+    if not (output / MANIFEST).is_file():
+        raise ValueError(f"{output} holds files but no {MANIFEST}; choose another --output or empty it")
+    try:
+        found = read_manifest(output)
+        if found != {**manifest, "files": found["files"]}:
+            return False
+        read_bundle(output)
+    except ValueError as error:
+        say(f"{error}; building it again")
+        return False
+    return True
+
+
+def describe(args: Args) -> dict[str, object]:
+    """The manifest of the bundle that these arguments ask for, without its files.
+
+    Raises:
+        ValueError: The finals are missing, broken or do not fit together.
+    """
+    stage3 = args.artifacts / "stage3"
+    finals = args.finals or [path.parent for path in sorted(stage3.glob("*-final/run.json"))]
+    if not finals:
         raise ValueError(
-            f"{folder} holds no final (*-final); make one with just stage3 MODEL --final, or name --finals"
+            f"{stage3} holds no final (*-final); make one with just stage3 MODEL --final, or name --finals"
         )
-    return found
+    models = [describe_final(path) for path in finals]
+    check_together(models, accept_different_data=args.accept_different_data)
+    set_policy(models, args)
+    rows = [
+        (m["name"], m["checkpoint"], m["order"], f"{m['weight']:g}", m["template_hash"][:12]) for m in models
+    ]
+    show_table("bundle", ("model", "final", "order", "weight", "template"), rows)
+    code = (*contents(args.wheels).values(), Path(__file__))
+    return {
+        "format": FORMAT,
+        "classes": list(LABELS),
+        "prior": np.mean([model.pop("label_prior") for model in models], axis=0).tolist(),
+        "models": models,
+        "scaling": find_scaling(args, models),
+        "code": text_hash(*(f"{path.name} {file_hash(path)}" for path in code)),
+        "requirements": {name: needed_distributions(of) for name, of in REQUIREMENTS.items()},
+    }
 
 
 def describe_final(path: Path) -> dict[str, object]:
     """What the manifest says of a final, after checking that it is one.
 
     Raises:
-        ValueError: It is not finished, not trained by a stage, or its prompt is not what this code gives.
+        ValueError: It is not finished, not trained by a stage, a validation run, or its classes or its prompt
+            are not what this code gives.
     """
     for name in ("run.json", "preference.json", "config.json", "trained_on.parquet"):
         if not (path / name).is_file():
-            raise ValueError(
-                f"{path} has no {name}: it is not a finished final; run just stage3 MODEL --final"
-            )
+            raise ValueError(f"{path} has no {name}: it is no finished final; run just stage3 MODEL --final")
     if (status := read_json(path / "run.json").get("status")) != "complete":
         raise ValueError(f"{path} is not finished (status {status}): give its stage's command again")
     preference = read_json(path / "preference.json")
@@ -182,6 +200,11 @@ def describe_final(path: Path) -> dict[str, object]:
         raise ValueError(
             f"{path} answers in the class order {preference['classes']}, this code serves {list(LABELS)}: "
             "its probabilities would land in the wrong columns. Train it with this code"
+        )
+    if preference["lineage"]["held_out"] is not None:
+        raise ValueError(
+            f"{path} is a validation run: it was not trained on its held-out fold. Bundle the final instead: "
+            "just stage3 MODEL --final"
         )
     prompter = open_prompter(str(path), preference)
     name = path.name.removesuffix("-final")
@@ -201,43 +224,31 @@ def describe_final(path: Path) -> dict[str, object]:
 
 
 def check_together(models: list[dict], *, accept_different_data: bool) -> None:
-    """ValueError where finals do not make one ensemble: names, stages, lineage."""
-    for model in models:
-        if model["lineage"]["held_out"] is not None:
-            raise ValueError(
-                f"{model['checkpoint']} is a validation run: it was not trained on its held-out fold. Bundle "
-                "the final instead: just stage3 MODEL --final"
-            )
-    first = models[0]
-    for other in models[1:]:
-        pair = f"{first['checkpoint']} and {other['checkpoint']}"
-        if len({model["name"] for model in models}) < len(models):
-            raise ValueError(f"{pair}: two finals would have one name in the bundle; rename a folder")
-        if first["checkpoint_hash"] == other["checkpoint_hash"]:
-            raise ValueError(f"{pair} hold the same weights; name each final once")
-        if first["stage"] != other["stage"]:
-            raise ValueError(
-                f"{pair} are of the stages {first['stage']} and {other['stage']}; take one stage"
-            )
-        votes = [model["lineage"]["train"] for model in (first, other)]
-        if votes[0] != votes[1] and not accept_different_data:
-            raise ValueError(
-                f"{pair} were trained on different votes ({votes[0][:12]} and {votes[1][:12]}); train "
-                "both on the same, or say --accept-different-data"
-            )
+    """ValueError where two finals do not go into one ensemble: names, weights, stages, votes."""
+    for a, b in itertools.combinations(models, 2):
+        votes = [model["lineage"]["train"] for model in (a, b)]
+        faults = {
+            "would have one name in the bundle; rename a folder": a["name"] == b["name"],
+            "hold the same weights; name each final once": a["checkpoint_hash"] == b["checkpoint_hash"],
+            f"are of the stages {a['stage']} and {b['stage']}; take one stage": a["stage"] != b["stage"],
+            f"were trained on different votes ({votes[0][:12]} and {votes[1][:12]}); train both on the same, "
+            "or say --accept-different-data": votes[0] != votes[1] and not accept_different_data,
+        }
+        for fault, is_there in faults.items():
+            if is_there:
+                raise ValueError(f"{a['checkpoint']} and {b['checkpoint']} {fault}")
 
 
 def set_policy(models: list[dict], args: Args) -> None:
     """Gives every model its order and its weight."""
-    for flag in ("orders", "weights"):
-        given = getattr(args, flag)
-        if given and len(given) != len(models):
+    for flag, given in (("orders", args.orders), ("weights", args.weights)):
+        if len(given) not in (0, len(models)):
             names = " ".join(model["name"] for model in models)
             raise ValueError(
                 f"--{flag} has {len(given)} entries for {len(models)} finals ({names}); give one each"
             )
     for i, model in enumerate(models):
-        order, weight = POLICY.get(model["model"], DEFAULT_POLICY)
+        order, weight = POLICY.get(model["model"], ("both", 1.0))
         model["order"] = args.orders[i] if args.orders else order
         model["weight"] = float(args.weights[i]) if args.weights else weight
     if args.fit_weights:
@@ -287,15 +298,14 @@ def find_scaling(args: Args, models: list[dict]) -> dict[str, list[float]] | Non
     if found["kept"] is None:
         say(f"{path}: no scaling gains beyond doubt: served without")
         return None
+    names, orders, weights = ([model[field] for model in models] for field in ("name", "order", "weight"))
     fitted = [found["models"], found["orders"], shares(found["weights"])]
-    served = [[model[field] for model in models] for field in ("name", "order")]
-    served.append(shares([model["weight"] for model in models]))
+    served = [names, orders, shares(weights)]
     if fitted != served:
-        orders, weights = (" ".join(str(model[field]) for model in models) for field in ("order", "weight"))
         raise ValueError(
             f"{path} was fitted on the models, orders and weights {fitted}, but the bundle serves {served}; "
-            f"run just evaluate --calibrate --ensemble-orders {orders} --weights {weights} on the validation "
-            "runs, or leave --evaluation out"
+            f"run just evaluate --calibrate --ensemble-orders {' '.join(orders)} "
+            f"--weights {' '.join(map(str, weights))} on the validation runs, or leave --evaluation out"
         )
     return found["scaling"]
 
@@ -309,33 +319,23 @@ def convert(final: Path, folder: Path, *, max_shard_bytes: int) -> None:
     """Writes a final as fp16 checkpoint; what fp16 cannot hold is an error that names the tensor."""
     say(f"{final}: to fp16")
     model = load_model(final, dtype=torch.float16)
-    preference = model.preference
-    prompter = open_prompter(str(final), preference)
     save_checkpoint(
         folder,
         model=model,
-        tokenizer=prompter.tokenizer,
-        preference=preference,
+        tokenizer=load_tokenizer(final),
+        preference=model.preference,
         max_shard_bytes=max_shard_bytes,
     )
-    open_prompter(str(folder), preference)  # the saved tokenizer is still the same one
 
 
-def take_over(model: dict, folder: Path, bundles: tuple[Path, ...]) -> bool:
-    """Links a model's files from a bundle that was made from the same final; False where there is none."""
+def converted_models(*bundles: Path) -> dict[str, Path]:
+    """checkpoint_hash of a final -> the folder that it became, in those of the bundles that are whole."""
+    found = {}
     for bundle in bundles:
-        try:
-            found = read_bundle(bundle)
-        except ValueError:
-            continue
-        for other in found["models"]:
-            if other["checkpoint_hash"] == model["checkpoint_hash"]:
-                say(f"{model['checkpoint']}: unchanged since the last bundle")
-                shutil.copytree(
-                    bundle / other["folder"], folder / model["folder"], copy_function=link_or_copy
-                )
-                return True
-    return False
+        with suppress(ValueError):
+            models = read_bundle(bundle)["models"]
+            found |= {model["checkpoint_hash"]: bundle / model["folder"] for model in models}
+    return found
 
 
 def link_or_copy(source: str, target: str) -> None:
@@ -346,89 +346,32 @@ def link_or_copy(source: str, target: str) -> None:
         shutil.copyfile(source, target)
 
 
-def is_same(output: Path, manifest: dict) -> bool:
-    """Whether the bundle that lies there is whole and says the same, its files aside.
-
-    Raises:
-        ValueError: The folder holds something else than a bundle.
-    """
-    if not output.exists() or not any(output.iterdir()):
-        return False
-    if not (output / MANIFEST).is_file():
-        raise ValueError(f"{output} holds files but no {MANIFEST}; choose another --output or empty it")
-    try:
-        found = read_manifest(output)
-        del found["files"]
-        if found != manifest:
-            return False
-        read_bundle(output)
-    except ValueError as error:
-        say(f"{error}; building it again")
-        return False
-    return True
-
-
 def needed_distributions(names: tuple[str, ...]) -> dict[str, str]:
     """The installed distributions that `names` need, themselves included: name -> version, sorted."""
     found, todo = {}, [canonicalize_name(name) for name in names]
-    while todo:
-        name = todo.pop()
+    for name in todo:  # which grows
         if name in found:
             continue
         try:
             installed = distribution(name)
         except PackageNotFoundError as error:
-            raise ValueError(
-                f"{name} is not installed, but the bundle serves with it; run just setup"
-            ) from error
+            raise ValueError(f"{name} is not installed, but the bundle needs it; run just setup") from error
         found[name] = installed.version
-        for line in installed.requires or ():
-            requirement = Requirement(line)
+        for requirement in map(Requirement, installed.requires or ()):
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 todo.append(canonicalize_name(requirement.name))
     return dict(sorted(found.items()))
 
 
-def code_files() -> dict[str, Path]:
-    """Name within the bundle's code/ -> file of this repository."""
-    files = {name: ROOT / "kaggle" / name for name in SCRIPTS} | {
-        "common/__init__.py": ROOT / "common/__init__.py"
-    }
+def contents(wheels: Path | None) -> dict[str, Path]:
+    """Everything in a bundle but its models: name within the bundle -> the file that is copied there."""
+    files = {f"code/{name}": ROOT / "kaggle" / name for name in SCRIPTS}
+    files["notebook.ipynb"] = ROOT / "kaggle/notebook.ipynb"
     for name in SERVED:
         path = ROOT / "common" / name
-        sources = sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-        files |= {source.relative_to(ROOT).as_posix(): source for source in sources}
-    return files
-
-
-def code_hash(wheels: Path | None) -> str:
-    """Identity of everything in a bundle but its models."""
-    files = [
-        *code_files().values(),
-        NOTEBOOK,
-        Path(__file__),
-        *(sorted(wheels.glob("*.whl")) if wheels else ()),
-    ]
-    return text_hash(*(f"{path.name} {file_hash(path)}" for path in files))
-
-
-def write_code(folder: Path, wheels: Path | None) -> None:
-    """Copies the served code, the wheels and the notebook."""
-    for name, source in code_files().items():
-        (folder / "code" / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / "code" / name)
-    (folder / "wheels").mkdir()
-    for wheel in wheels.glob("*.whl") if wheels else ():
-        shutil.copyfile(wheel, folder / "wheels" / wheel.name)
-    shutil.copyfile(NOTEBOOK, folder / NOTEBOOK.name)
-
-
-def show_models(models: list[dict]) -> None:
-    """Prints what is served how."""
-    rows = [
-        (m["name"], m["checkpoint"], m["order"], f"{m['weight']:g}", m["template_hash"][:12]) for m in models
-    ]
-    show_table("bundle", ("model", "final", "order", "weight", "template"), rows)
+        for source in sorted(path.glob("*.py")) if path.is_dir() else [path.with_suffix(".py")]:
+            files[f"code/{source.relative_to(ROOT).as_posix()}"] = source
+    return files | {f"wheels/{path.name}": path for path in sorted(wheels.glob("*.whl") if wheels else ())}
 
 
 if __name__ == "__main__":

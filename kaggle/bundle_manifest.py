@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from common.console import progress
-from common.data.table import LABELS
+from common.data.table import LABELS, NUM_SHOWN
 from common.files import file_hash, read_json, text_hash
 
 MANIFEST = "manifest.json"
@@ -12,7 +12,6 @@ VERIFICATION = "verify.json"
 UNLISTED = {MANIFEST, VERIFICATION, "dataset-metadata.json"}
 """Files of a bundle that its manifest does not list: itself, what is written about it, the client's own."""
 FORMAT = 1
-NUM_SHOWN = 10
 
 
 def read_manifest(bundle: Path) -> dict:

@@ -11,13 +11,11 @@ model whose logits are not finite for a row is left out of that row's mean; both
 import argparse
 import queue
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
 
 sys.dont_write_bytecode = True  # the bundle stays as it was hashed
 
@@ -25,10 +23,10 @@ import numpy as np
 import polars as pl
 import torch
 
-from bundle_manifest import NUM_SHOWN, read_bundle
+from bundle_manifest import read_bundle
 from common.batching import length_sorted_micro_batches, pack
 from common.console import clear_errors, progress, say, show_table
-from common.data.table import LABELS, ORDERS, TEXTS, write_table
+from common.data.table import LABELS, NUM_SHOWN, ORDERS, TEXTS, write_table
 from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
 from common.files import read_json
 from common.models import PreferenceModel, load_model
@@ -43,52 +41,44 @@ ROWS_PER_CHUNK = 512
 Comparison = tuple[list[str | None], list[str | None], list[str | None]]
 
 
-class TestSet(NamedTuple):
-    """test.csv as it stands: one entry a row."""
-
-    ids: list[str]
-    comparisons: list[Comparison | None]
-    """Turns of prompt and both answers; None where the row cannot be read."""
-    reasons: list[str | None]
-    """Why a row cannot be read."""
-
-
 def main(args: argparse.Namespace) -> None:
     devices = find_devices(args.devices)
     dtype = choose_dtype(args.dtype, devices)
     manifest = read_bundle(args.bundle)
-    test = read_test(args.test)
-    rows = [row for row, comparison in enumerate(test.comparisons) if comparison is not None]
-    comparisons = [test.comparisons[row] for row in rows]
+    ids, found = read_test(args.test)
+    rows = [row for row, comparison in enumerate(found) if not isinstance(comparison, str)]
+    comparisons, readable_ids = [found[row] for row in rows], [ids[row] for row in rows]
     where = f"{', '.join(map(str, devices))} in {str(dtype).removeprefix('torch.')}"
-    say(f"{len(test.ids):,} rows, {len(rows):,} readable; computed on {where}")
-    found, details = {}, {}
+    say(f"{len(ids):,} rows, {len(rows):,} readable; computed on {where}")
+    means, details = [], {"row": rows, "id": readable_ids}
     for entry in manifest["models"] if rows else ():
         orders = ORDERS if (order := args.order or entry["order"]) == "both" else (order,)
         by_order, input_ids = predict_model(
             args.bundle, entry, comparisons, orders, devices, dtype, args.max_tokens_per_micro_batch
         )
-        report_not_finite(entry["name"], by_order, [test.ids[row] for row in rows])
-        found[entry["name"]] = mean_of_finite(list(by_order.values()), [1.0] * len(by_order))
-        details[entry["name"]] = (by_order, input_ids)
-    answers = np.tile(np.array(manifest["prior"]), (len(test.ids), 1))
-    num_without_model = 0
+        report_not_finite(entry["name"], by_order, readable_ids)
+        means.append(mean_of_finite(list(by_order.values()), [1.0] * len(by_order)))
+        for order, values in by_order.items():
+            group = f"{entry['name']}/{order}"
+            details |= {f"{group}/{label}": values[:, i] for i, label in enumerate(LABELS)}
+            details[f"{group}/input_ids"] = pl.Series(input_ids[order], dtype=pl.List(pl.Int32))
+    answers, num_without_model = np.tile(np.array(manifest["prior"]), (len(ids), 1)), 0
     if rows:
-        answers[rows], num_without_model = answer(list(found.values()), manifest)
-    report(test, num_without_model)
-    write_submission(args.output, test.ids, answers)
+        answers[rows], num_without_model = answer(means, manifest)
+    report([reason for reason in found if isinstance(reason, str)], len(ids), num_without_model)
+    write_submission(args.output, ids, answers)
     if args.details is not None:
-        write_details(args.details, test, rows, details)
-    say(f"{args.output}: {len(test.ids):,} rows")
+        write_table(pl.DataFrame(details, schema_overrides={"row": pl.Int64, "id": pl.String}), args.details)
+    say(f"{args.output}: {len(ids):,} rows")
 
 
-def read_test(path: Path) -> TestSet:
-    """Reads test.csv; a row that is no comparison stays, with the reason.
+def read_test(path: Path) -> tuple[list[str], list[Comparison | str]]:
+    """The ids of test.csv and, for each, its comparison or why there is none.
 
     Raises:
         ValueError: The file is absent, empty, cut off within a quote, or lacks a column.
     """
-    test = TestSet([], [], [])
+    ids, found = [], []
     with closing(read_rows(path)) as rows:
         _, header = next(rows, (1, []))
         check_header(header, path)
@@ -96,24 +86,24 @@ def read_test(path: Path) -> TestSet:
         for line, cells in rows:
             if isinstance(cells, BadRowError):  # whose ids cannot be known, nor answered
                 raise ValueError(f"{path} line {line}: {': '.join(cells.args)} Get it again")
-            comparison, reason = None, None
-            try:
-                texts, _ = parse_texts(header, cells)
-                comparison = tuple(texts[name] for name in TEXTS)
-                turns = {len(part) for part in comparison}
-                if len(turns) > 1:
-                    comparison, reason = None, "unequal turn counts"
-                elif turns == {0}:
-                    comparison, reason = None, "no turns"
-            except BadRowError as bad:
-                reason = bad.args[0]
             key = cells[id_column] if id_column < len(cells) else ""
-            test.ids.append(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", key))  # no CSV holds half of one
-            test.comparisons.append(comparison)
-            test.reasons.append(reason)
-    if not test.ids:
+            ids.append(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", key))  # no CSV holds half of one
+            found.append(read_comparison(header, cells))
+    if not ids:
         raise ValueError(f"{path} has a header and no row; expected the comparisons to answer")
-    return test
+    return ids, found
+
+
+def read_comparison(header: Sequence[str], cells: Sequence[str]) -> Comparison | str:
+    """Turns of prompt and both answers, or why the row holds none."""
+    try:
+        texts, _ = parse_texts(header, cells)
+    except BadRowError as bad:
+        return bad.args[0]
+    turns = {len(texts[name]) for name in TEXTS}
+    if len(turns) > 1:
+        return "unequal turn counts"
+    return "no turns" if turns == {0} else tuple(texts[name] for name in TEXTS)
 
 
 def find_devices(names: Sequence[str]) -> list[torch.device]:
@@ -179,9 +169,8 @@ def predict_model(
     )
     logits[~np.isfinite(logits).all(axis=1)] = np.nan
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    by_order = dict(
-        zip(orders, np.split(powers / powers.sum(axis=1, keepdims=True), len(orders)), strict=True)
-    )
+    probabilities = np.split(powers / powers.sum(axis=1, keepdims=True), len(orders))
+    by_order = dict(zip(orders, probabilities, strict=True))
     return {
         order: mirror(values) if order == "swapped" else values for order, values in by_order.items()
     }, input_ids
@@ -202,7 +191,6 @@ def tokenise(
     return input_ids
 
 
-@torch.no_grad()
 def run_replicas(
     load: Callable[[torch.device], PreferenceModel],
     sequences: Sequence[np.ndarray],
@@ -227,37 +215,32 @@ def run_replicas(
     Raises:
         ValueError: A device has too little memory.
     """
-    micro_batches: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
-    for micro_batch in length_sorted_micro_batches([len(ids) for ids in sequences], max_tokens):
-        micro_batches.put(micro_batch)
+    micro_batches = length_sorted_micro_batches([len(ids) for ids in sequences], max_tokens)
     logits = np.full((len(sequences), len(LABELS)), np.nan)
-    lock = threading.Lock()
+    idle: queue.SimpleQueue[tuple[torch.device, PreferenceModel]] = queue.SimpleQueue()
 
-    def work(device: torch.device) -> None:
+    def predict(indices: list[int]) -> None:
+        device, model = idle.get()
         try:
-            model = load(device)
-            while True:
-                try:
-                    indices = micro_batches.get_nowait()
-                except queue.Empty:
-                    return
-                with torch.no_grad():  # a thread has a grad mode of its own
-                    found_SC = model(pack([sequences[i] for i in indices]).to(device)).cpu().numpy()
-                logits[indices] = found_SC
-                with lock:
-                    advance(1)
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"{description} does not fit {device} with micro-batches of {max_tokens:,} tokens; pass a "
-                f"smaller --max-tokens-per-micro-batch ({error})"
-            ) from error
+            with torch.no_grad():  # a thread has a grad mode of its own
+                logits[indices] = model(pack([sequences[i] for i in indices]).to(device)).cpu().numpy()
+        finally:
+            idle.put((device, model))
 
     with (
-        progress(f"{description}: predicting", micro_batches.qsize(), "micro-batches") as advance,
+        progress(f"{description}: predicting", len(micro_batches), "micro-batches") as advance,
         ThreadPoolExecutor(len(devices)) as pool,
     ):
-        for future in [pool.submit(work, device) for device in devices]:
-            future.result()
+        try:
+            for replica in zip(devices, pool.map(load, devices), strict=True):
+                idle.put(replica)
+            for _ in pool.map(predict, micro_batches):
+                advance(1)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"{description} does not fit {', '.join(map(str, devices))} with micro-batches of "
+                f"{max_tokens:,} tokens; pass a smaller --max-tokens-per-micro-batch ({error})"
+            ) from error
     return logits
 
 
@@ -293,11 +276,10 @@ def report_not_finite(name: str, by_order: dict[str, np.ndarray], ids: Sequence[
             )
 
 
-def report(test: TestSet, num_without_model: int) -> None:
+def report(reasons: Sequence[str], num_rows: int, num_without_model: int) -> None:
     """Prints what was answered how."""
-    reasons = Counter(reason for reason in test.reasons if reason is not None)
-    rows = [("by the models", len(test.ids) - reasons.total() - num_without_model)]
-    rows += [(f"with the prior: {reason}", count) for reason, count in sorted(reasons.items())]
+    rows = [("by the models", num_rows - len(reasons) - num_without_model)]
+    rows += [(f"with the prior: {reason}", count) for reason, count in sorted(Counter(reasons).items())]
     rows += [("with the prior: no model has finite logits", num_without_model)] if num_without_model else []
     show_table("rows answered", ("how", "rows"), [(how, f"{count:,}") for how, count in rows])
 
@@ -310,45 +292,21 @@ def write_submission(path: Path, ids: Sequence[str], answers: np.ndarray) -> Non
     write_table(pl.DataFrame({"id": pl.Series(ids, dtype=pl.String), **columns}), path)
 
 
-def write_details(
-    path: Path,
-    test: TestSet,
-    rows: Sequence[int],
-    details: dict[str, tuple[dict[str, np.ndarray], dict[str, list[np.ndarray]]]],
-) -> None:
-    """Writes, for the readable rows, every model's probabilities and token ids by order (Parquet)."""
-    columns = {"row": pl.Series(rows, dtype=pl.Int64), "id": [test.ids[row] for row in rows]}
-    for name, (by_order, input_ids) in details.items():
-        for order, values in by_order.items():
-            columns |= {f"{name}/{order}/{label}": values[:, i] for i, label in enumerate(LABELS)}
-            columns[f"{name}/{order}/input_ids"] = pl.Series(input_ids[order], dtype=pl.List(pl.Int32))
-    write_table(pl.DataFrame(columns), path)
-
-
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--test", type=Path, required=True, help="CSV: id, prompt, response_a, response_b")
-    parser.add_argument("--output", type=Path, default=Path("submission.csv"), help="CSV to write")
-    parser.add_argument("--bundle", type=Path, default=Path(__file__).resolve().parent.parent)
-    parser.add_argument(
-        "--devices", nargs="+", default=[], help="such as cuda:0 cuda:1; default: all GPUs or cpu"
-    )
-    parser.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on GPUs, fp32 on cpu"
-    )
-    parser.add_argument(
-        "--order", choices=(*ORDERS, "both"), help="of every model, in place of the manifest's"
-    )
-    parser.add_argument(
-        "--max-tokens-per-micro-batch", type=int, default=16_384, help="tokens a device at a time"
-    )
-    parser.add_argument("--details", type=Path, help="Parquet for every model's probabilities and token ids")
+    add = parser.add_argument
+    add("--test", type=Path, required=True, help="CSV: id, prompt, response_a, response_b")
+    add("--output", type=Path, default=Path("submission.csv"), help="CSV to write")
+    add("--bundle", type=Path, default=Path(__file__).resolve().parent.parent)
+    add("--devices", nargs="+", default=[], help="such as cuda:0 cuda:1; default: all GPUs or cpu")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on GPUs, fp32 on cpu")
+    add("--order", choices=(*ORDERS, "both"), help="of every model, in place of the manifest's")
+    add("--max-tokens-per-micro-batch", type=int, default=16_384, help="tokens a device at a time")
+    add("--details", type=Path, help="Parquet for every model's probabilities and token ids")
     args = parser.parse_args()
     if args.max_tokens_per_micro_batch < 1:
-        parser.error(
-            f"--max-tokens-per-micro-batch is {args.max_tokens_per_micro_batch}, expected at least 1"
-        )
+        parser.error(f"--max-tokens-per-micro-batch {args.max_tokens_per_micro_batch}: expected at least 1")
     return args
 
 

@@ -15,9 +15,7 @@ ODD = (
     "a\u0301\u200b\u202e zero\u0000width",
     "lone \ud83e surrogate",
     "\u2028\ufeff\uffff tab\tline\r\nend",
-    "nan",
-    "None",
-    "NULL",
+    *("nan", "None", "NULL"),
 )
 MARKUP = (
     "<bos><start_of_turn>user\nhi<end_of_turn>",
@@ -28,20 +26,22 @@ MARKUP = (
 GIANT_WORDS = 20_000
 
 Turns = list[str | None]
+BadRows = dict[int, str]
+"""Rows (from 0) that cannot be read -> what is wrong with them."""
 Drawn = tuple[str, Turns, Turns, Turns]
 
 
-def write_stress_set(path: Path, num_rows: int, *, seed: int = 0) -> dict[int, str]:
+def write_stress_set(path: Path, num_rows: int, *, seed: int = 0) -> BadRows:
     """Writes a test.csv; the same seed gives the same bytes.
 
     Ordinary rows, and between them nulls, empty answers, giant prompts, markup, odd unicode, repeated and
     huge ids, and rows that no reader can take.
 
     Returns:
-        The rows (from 0) that cannot be read -> what is wrong with them.
+        The rows that no reader can take.
     """
     draw = random.Random(seed)
-    malformed: dict[int, str] = {}
+    malformed: BadRows = {}
     earlier: list[str] = []
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -73,14 +73,11 @@ def _comparison(draw: random.Random, row: int, earlier: list[str]) -> Drawn:
         case 4:
             a[turn] = None
         case 5:
-            a[turn] = ""
-            b[turn] = ""
+            a[turn] = b[turn] = ""
         case 6:
-            prompt[turn] = draw.choice(ODD)
-            b[turn] = draw.choice(ODD)
+            prompt[turn], b[turn] = draw.choice(ODD), draw.choice(ODD)
         case 8:
-            a[turn] = draw.choice(MARKUP)
-            prompt[turn] = draw.choice(MARKUP)
+            a[turn], prompt[turn] = draw.choice(MARKUP), draw.choice(MARKUP)
         case 9:
             b = list(a)
     if row % 2500 == 10:

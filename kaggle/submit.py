@@ -10,7 +10,7 @@ Until all checks have passed the bundle lies in artifacts/bundle-unverified, and
 
 import re
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import bundle
@@ -25,15 +25,8 @@ from upload import upload
 class Args:
     """Build, verify and upload a bundle."""
 
-    build: bundle.Args = field(default_factory=bundle.Args)
-    test: Path | None = None
-    """The competition's test.csv; by default data/test.csv, or three rows of our own without it."""
-    submission: Path | None = None
-    """Where the notebook's answers for test.csv are kept; by default <artifacts>/submission.csv."""
-    stress_rows: int | None = None
-    """Rows of the generated set of hard rows; by default 25,000 for tiny models and 200 for others."""
-    tolerance: float = 1e-3
-    """Largest difference allowed between a probability and the stages' in fp32."""
+    build: bundle.Args
+    proof: verify.Proof
     upload: bool = False
     """Upload the verified bundle with the official kaggle client."""
     owner: str | None = None
@@ -52,21 +45,13 @@ class Args:
 
 def main(args: Args) -> None:
     output = args.build.output or args.build.artifacts / "bundle"
-    check = verify.Args(
-        artifacts=args.build.artifacts,
-        test=args.test,
-        submission=args.submission,
-        stress_rows=args.stress_rows,
-        tolerance=args.tolerance,
-    )
     manifest = bundle.describe(args.build)
-    if bundle.is_same(output, manifest) and is_verified(output, check):
+    if bundle.is_same(output, manifest) and is_verified(output, args):
         say(f"{output} is up to date and verified")
     else:
         candidate = output.with_name(f"{output.name}-unverified")
-        if not bundle.is_same(candidate, manifest):
-            bundle.write(manifest, args.build, candidate, earlier=(output,))
-        verify.verify(check, candidate)
+        bundle.build(manifest, args.build, candidate, earlier=(output,))
+        verify.verify(candidate, args.proof, args.build.artifacts)
         shutil.rmtree(output, ignore_errors=True)
         candidate.rename(output)
         say(f"{output} is complete")
@@ -74,14 +59,15 @@ def main(args: Args) -> None:
         upload(output, owner=args.owner, slug=args.slug)
 
 
-def is_verified(output: Path, check: verify.Args) -> bool:
+def is_verified(output: Path, args: Args) -> bool:
     """Whether the bundle was proven, and on the test.csv that is asked for now."""
     try:
         found = read_verification(output)
     except ValueError as error:
         say(f"{error}")
         return False
-    return found["test"] == verify.describe_test(check) and verify.submission_path(check).is_file()
+    submission = verify.submission_path(args.proof, args.build.artifacts)
+    return found["test"] == verify.describe_test(args.proof) and submission.is_file()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Run   just submit --upload --owner YOUR_KAGGLE_NAME
 """
 
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -24,6 +23,15 @@ from common.files import write_json
 COMPETITION = "lmsys-chatbot-arena"
 ACCELERATOR = "NvidiaTeslaT4"
 """Kaggle's name for two T4s."""
+KERNEL = {
+    "code_file": "notebook.ipynb",
+    "language": "python",
+    "kernel_type": "notebook",
+    "is_private": True,
+    "enable_gpu": True,
+    "enable_internet": False,
+}
+"""kernel-metadata.json, but for its name and what it reads."""
 POLL_SECONDS = 20
 CREDENTIAL_FILES = ("access_token", "access_token.txt", "credentials.json", "kaggle.json")
 
@@ -44,20 +52,22 @@ def upload(bundle: Path, *, owner: str, slug: str, poll_seconds: float = POLL_SE
     read_verification(bundle)
     read_bundle(bundle)
     dataset = f"{owner}/{slug}"
-    write_json(bundle / "dataset-metadata.json", dataset_metadata(dataset))
+    title = {"id": dataset, "title": slug}
+    write_json(bundle / "dataset-metadata.json", title | {"licenses": [{"name": "other"}]})  # none given away
     if reason := missing(os.environ, Path.home()):
         raise ValueError(f"nothing was uploaded: {reason}\n{steps(bundle, dataset)}")
-    version = ["datasets", "version", "-p", str(bundle), "-r", "tar", "-m", "just submit"]
-    create = ["datasets", "create", "-p", str(bundle), "-r", "tar"]
+    source = ["-p", str(bundle), "-r", "tar"]
     exists = client(["datasets", "status", dataset]).returncode == 0
-    run_client(version if exists else create)
+    run_client(["datasets", *(("version", *source, "-m", "just submit") if exists else ("create", *source))])
     while "ready" not in (status := client(["datasets", "status", dataset]).stdout.strip().lower()):
         if "error" in status:
             raise ValueError(f"Kaggle could not unpack the data set {dataset}: {status}; see its page")
         say(f"{dataset}: {status or 'no status yet'}")
         time.sleep(poll_seconds)
     with tempfile.TemporaryDirectory() as folder:
-        write_kernel(bundle, Path(folder), dataset)
+        shutil.copy(bundle / "notebook.ipynb", folder)
+        sources = {"dataset_sources": [dataset], "competition_sources": [COMPETITION]}
+        write_json(Path(folder) / "kernel-metadata.json", title | sources | KERNEL)
         run_client(["kernels", "push", "-p", folder, "--accelerator", ACCELERATOR])
     say(f"https://www.kaggle.com/code/{dataset} is running; when it has finished:\n{hand_in(dataset)}")
 
@@ -68,11 +78,9 @@ def missing(environment: Mapping[str, str], home: Path) -> str | None:
     if found is None or found.origin is None:  # without an origin it is our own folder kaggle/
         return "the kaggle client is not installed"
     folder = Path(environment.get("KAGGLE_CONFIG_DIR") or home / ".kaggle")
-    if environment.get("KAGGLE_API_TOKEN") or (
-        environment.get("KAGGLE_USERNAME") and environment.get("KAGGLE_KEY")
-    ):
-        return None
-    if any((place / name).is_file() for place in (folder, home / ".kaggle") for name in CREDENTIAL_FILES):
+    token, *key = (environment.get(f"KAGGLE_{name}") for name in ("API_TOKEN", "USERNAME", "KEY"))
+    files = [place / name for place in (folder, home / ".kaggle") for name in CREDENTIAL_FILES]
+    if token or all(key) or any(path.is_file() for path in files):
         return None
     return f"no Kaggle credentials in {folder} or the environment"
 
@@ -96,29 +104,6 @@ or in place of the last one:
 def hand_in(dataset: str) -> str:
     """The command that hands a finished notebook's submission.csv in."""
     return f"kaggle competitions submit {COMPETITION} -k {dataset} -f submission.csv -v 1 -m arena-preference"
-
-
-def dataset_metadata(dataset: str) -> dict:
-    """dataset-metadata.json: private, no licence given away."""
-    return {"id": dataset, "title": dataset.partition("/")[2], "licenses": [{"name": "other"}]}
-
-
-def write_kernel(bundle: Path, folder: Path, dataset: str) -> None:
-    """The notebook and kernel-metadata.json."""
-    shutil.copyfile(bundle / "notebook.ipynb", folder / "notebook.ipynb")
-    metadata = {
-        "id": dataset,
-        "title": dataset.partition("/")[2],
-        "code_file": "notebook.ipynb",
-        "language": "python",
-        "kernel_type": "notebook",
-        "is_private": True,
-        "enable_gpu": True,
-        "enable_internet": False,
-        "dataset_sources": [dataset],
-        "competition_sources": [COMPETITION],
-    }
-    (folder / "kernel-metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
 
 
 def client(arguments: list[str]) -> subprocess.CompletedProcess:

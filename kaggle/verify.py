@@ -10,12 +10,10 @@ for a sample, token ids must equal those of the stages, and probabilities those 
 """
 
 import csv
-import json
+import re
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,52 +28,50 @@ from bundle import ROOT
 from bundle_manifest import MANIFEST, VERIFICATION, read_bundle, seal
 from common.console import cli, say, show_table
 from common.data.table import LABELS, SCHEMA, swap
-from common.data.votes_csv import REQUIRED, parse_texts, read_rows
+from common.data.votes_csv import parse_texts, read_rows
 from common.files import file_hash, replacing, write_json
 from common.models import checkpoint_hash
 from common.score.predict import predict
 from common.tokens import tokenise
+from common.train.recipe import by_flags
 from common.trained import open_model, open_prompter
 from sandbox import NAMESPACE, SOCKET_BLOCK, isolation, make_environment, run_notebook
-from stress import write_stress_set
+from stress import BadRows, write_stress_set
 
-OWN_TEST = (  # a question, a conversation, a turn that is null: what a test.csv without a file of ours holds
-    ("1", ["What is 2 + 2?"], ["4"], ["Five, I think."]),
-    ("22", ["Hello!", "Tell me a joke."], ["Hi.", "No."], ["Hello!", "Why did the chicken cross the road?"]),
-    ("333", [None], [None], ["I did not get that."]),
-)
+OWN_TEST = """\
+id,prompt,response_a,response_b
+1,"[""What is 2 + 2?""]","[""4""]","[""Five, I think.""]"
+22,"[""Hello!"",""Tell me a joke.""]","[""Hi."",""No.""]","[""Hi!"",""Why did the chicken cross the road?""]"
+333,[null],[null],"[""I did not get that.""]"
+"""
+"""A question, a conversation, a turn that is null: what is asked where there is no test.csv."""
 TINY_PARAMETERS = 10_000_000
 NUM_STRESS_ROWS, NUM_STRESS_ROWS_LARGE = 25_000, 200
 SUM_TOLERANCE = 1e-6
 PROBE = """
-import os, socket
-try:
-    socket.create_connection(("127.0.0.1", int(os.environ["PROBE_PORT"])), timeout=10).close()
-    print("probe: network reachable")
-except OSError as error:
-    print("probe: network refused:", error.strerror or error)
-try:
-    open(os.environ["BUNDLE_INPUTS"] + "/bundle/probe", "w").close()
-    print("probe: inputs writable")
-except OSError as error:
-    print("probe: inputs refused:", error.strerror or error)
+import os, socket, tempfile
+for name, reach in (
+    ("network", lambda: socket.create_connection(("127.0.0.1", int(os.environ["PROBE_PORT"])), timeout=10)),
+    ("inputs", lambda: tempfile.TemporaryFile(dir=os.environ["BUNDLE_INPUTS"] + "/bundle")),
+):
+    try:
+        reach().close()
+        print(f"probe: {name} allowed: no error")
+    except OSError as error:
+        print(f"probe: {name} refused: {error.strerror or error}")
 """
 
 
 @dataclass(frozen=True, kw_only=True)
-class Args:
-    """Proof that a bundle works where nothing else is."""
+class Proof:
+    """What a bundle is proven on, and how strictly."""
 
-    artifacts: Path = Path("artifacts")
-    """Tree of everything made; the bundle is found below it unless named."""
-    bundle: Path | None = None
-    """By default <artifacts>/bundle."""
     test: Path | None = None
     """The competition's test.csv; by default data/test.csv, or three rows of our own without it."""
     submission: Path | None = None
     """Where the notebook's answers for test.csv are kept; by default <artifacts>/submission.csv."""
     stress_rows: int | None = None
-    """Rows of the generated set; by default 25,000 for tiny models and 200 for others."""
+    """Rows of the generated set of hard rows; by default 25,000 for tiny models and 200 for others."""
     sample_rows: int = 64
     """Rows of each set that are compared with the stages."""
     tolerance: float = 1e-3
@@ -86,6 +82,19 @@ class Args:
             raise ValueError(
                 f"--sample-rows is {self.sample_rows}, --stress-rows {self.stress_rows}; both need at least 1"
             )
+        if self.test is not None and not self.test.is_file():
+            raise ValueError(f"--test {self.test} is not a file; expected the competition's test.csv")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Args:
+    """Proof that a bundle works where nothing else is."""
+
+    artifacts: Path = Path("artifacts")
+    """Tree of everything made; the bundle is found below it unless named."""
+    bundle: Path | None = None
+    """By default <artifacts>/bundle."""
+    proof: Proof
 
 
 class Check(NamedTuple):
@@ -97,10 +106,10 @@ class Check(NamedTuple):
 
 
 def main(args: Args) -> None:
-    verify(args, args.bundle or args.artifacts / "bundle")
+    verify(args.bundle or args.artifacts / "bundle", args.proof, args.artifacts)
 
 
-def verify(args: Args, bundle: Path) -> None:
+def verify(bundle: Path, proof: Proof, artifacts: Path) -> None:
     """Runs all checks on a bundle; writes verify.json only if all of them pass.
 
     Raises:
@@ -113,95 +122,76 @@ def verify(args: Args, bundle: Path) -> None:
     how = isolation()
     with tempfile.TemporaryDirectory(prefix="verify-", dir="/tmp") as name:  # short: sockets have short names
         work = Path(name)
-        wanted = {**manifest["requirements"]["libraries"], **manifest["requirements"]["kernel"]}
+        wanted = manifest["requirements"]["libraries"] | manifest["requirements"]["kernel"]
         python = make_environment(work / "environment", wanted, block_sockets=how == SOCKET_BLOCK)
         say(f"the notebook runs with {len(wanted)} libraries, {how}")
-        test, stress = prepare_sets(work, args, bundle)
         checks = [Check("every byte as in the manifest", True, f"{len(manifest['files'])} files")]
-        for folder, malformed in (test, stress):
-            checks += run_and_check(folder, malformed, bundle, manifest, python, how, args)
+        for folder, malformed in prepare_sets(work, proof, bundle):
+            checks += run_and_check(folder, malformed, bundle, manifest, python, how, proof)
         read_bundle(bundle)
         checks.append(Check("bundle unchanged by running it", True, "every byte compared again"))
-        submission = submission_path(args)
-        conclude(checks, bundle, how, describe_test(args))
+        submission = submission_path(proof, artifacts)
+        conclude(checks, bundle, how, describe_test(proof))
         with replacing(submission) as temporary:
-            shutil.copyfile(test[0] / "work/submission.csv", temporary)
+            shutil.copyfile(work / "test/work/submission.csv", temporary)
     say(f"{bundle} is verified; its answers for test.csv: {submission}")
 
 
-def find_test(args: Args) -> Path | None:
-    """The test.csv asked for, or the default one; None where our own rows take its place.
-
-    Raises:
-        ValueError: --test is not a file.
-    """
-    if args.test is not None and not args.test.is_file():
-        raise ValueError(f"--test {args.test} is not a file; expected the competition's test.csv")
+def find_test(proof: Proof) -> Path | None:
+    """The test.csv asked for, or the default one; None where our own rows take its place."""
     default = Path("data/test.csv")
-    return args.test or (default if default.is_file() else None)
+    return proof.test or (default if default.is_file() else None)
 
 
-def describe_test(args: Args) -> str:
+def describe_test(proof: Proof) -> str:
     """What the notebook is run on: sha256 of test.csv, or "own rows"."""
-    path = find_test(args)
+    path = find_test(proof)
     return "own rows" if path is None else file_hash(path)
 
 
-def submission_path(args: Args) -> Path:
+def submission_path(proof: Proof, artifacts: Path) -> Path:
     """Where the notebook's answers for test.csv are kept."""
-    return args.submission or args.artifacts / "submission.csv"
+    return proof.submission or artifacts / "submission.csv"
 
 
 def check_final(model: dict) -> None:
     """ValueError where the final that a model was made from is gone or another one."""
     path = Path(model["checkpoint"])
-    if not path.is_dir():
+    found = checkpoint_hash(path) if path.is_dir() else "not there"
+    if found != model["checkpoint_hash"]:
         raise ValueError(
-            f"{path} is not there: a bundle is verified against the final that it was built from; put it "
-            "back, or build the bundle again"
-        )
-    if (found := checkpoint_hash(path)) != model["checkpoint_hash"]:
-        raise ValueError(
-            f"{path} is {found[:12]}, but the bundle was built from {model['checkpoint_hash'][:12]}: build "
-            "it again with just submit"
+            f"{path} is {found[:12]}, but the bundle was built from {model['checkpoint_hash'][:12]} and is "
+            "verified against it: put that final back, or build it again with just submit"
         )
 
 
-def prepare_sets(work: Path, args: Args, bundle: Path) -> list[tuple[Path, dict[int, str] | None]]:
-    """Two folders, each with competition/test.csv and an empty work/; the malformed rows, where known."""
-    test, num_rows = find_test(args), args.stress_rows
+def prepare_sets(work: Path, proof: Proof, bundle: Path) -> list[tuple[Path, BadRows]]:
+    """Two folders, each with competition/test.csv and an empty work/, and the rows known to be malformed."""
+    num_rows = proof.stress_rows
     if num_rows is None:
         size = sum(path.stat().st_size for path in bundle.glob("models/*/*.safetensors"))
         num_rows = NUM_STRESS_ROWS if size < 2 * TINY_PARAMETERS else NUM_STRESS_ROWS_LARGE
-    folders = [work / "test", work / "stress"]
-    for folder in folders:
-        (folder / "competition").mkdir(parents=True)
-        (folder / "work").mkdir()
-    if test is None:
-        with (folders[0] / "competition/test.csv").open("w", encoding="utf-8", newline="") as file:
-            rows = [(key, *map(json.dumps, turns)) for key, *turns in OWN_TEST]
-            csv.writer(file).writerows([REQUIRED, *rows])
+    for name in ("test/competition", "test/work", "stress/competition", "stress/work"):
+        (work / name).mkdir(parents=True)
+    test, stress = (work / name / "competition/test.csv" for name in ("test", "stress"))
+    if (given := find_test(proof)) is None:
+        test.write_text(OWN_TEST, encoding="utf-8")
     else:
-        shutil.copyfile(test, folders[0] / "competition/test.csv")
-    malformed = write_stress_set(folders[1] / "competition/test.csv", num_rows)
-    return [(folders[0], None), (folders[1], malformed)]
+        shutil.copyfile(given, test)
+    return [(work / "test", {}), (work / "stress", write_stress_set(stress, num_rows))]
 
 
 def run_and_check(
-    folder: Path,
-    malformed: dict[int, str] | None,
-    bundle: Path,
-    manifest: dict,
-    python: Path,
-    how: str,
-    args: Args,
+    folder: Path, malformed: BadRows, bundle: Path, manifest: dict, python: Path, how: str, proof: Proof
 ) -> list[Check]:
     """Runs the notebook on one set and looks at everything that came of it."""
     csv_path, work = folder / "competition/test.csv", folder / "work"
     before = file_hash(csv_path)
     notebook = nbformat.read(bundle / "notebook.ipynb", as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(PROBE))
-    with listening() as port:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        socket.create_connection(("127.0.0.1", port), timeout=10).close()  # from here it can be reached
         text = run_notebook(
             notebook,
             python=python,
@@ -211,72 +201,61 @@ def run_and_check(
             how=how,
             variables={"PROBE_PORT": str(port), "INFER_FLAGS": "--details details.parquet"},
         )
-    probes = {line.split(": ")[1].split()[0]: line for line in text.splitlines() if line.startswith("probe:")}
-    checks = [Check("network cut off", "refused" in probes["network"], f"{how}: {said(probes['network'])}")]
+    found = re.findall(r"^probe: (\w+) (\w+): (.*)$", text, re.MULTILINE)
+    probes = {name: (result == "refused", said) for name, result, said in found}
+    is_cut_off, said = probes["network"]
+    checks = [Check("network cut off", is_cut_off, f"{how}: {said}")]
     if how == NAMESPACE:
-        checks.append(Check("inputs read-only", "refused" in probes["inputs"], said(probes["inputs"])))
-    unchanged = file_hash(csv_path) == before and not list(bundle.glob("probe"))
-    checks.append(Check("test.csv unchanged", unchanged, before[:12]))
-    rows = read_as_text(csv_path)
-    answers, check = check_submission(work / "submission.csv", [row[0] for row in rows], manifest, malformed)
-    checks.append(check)
-    if check.passed:
-        checks += compare_with_stages(csv_path, answers, work / "details.parquet", manifest, args)
+        checks.append(Check("inputs read-only", *probes["inputs"]))
+    checks.append(Check("test.csv unchanged", file_hash(csv_path) == before, before[:12]))
+    try:
+        answers = read_answers(work / "submission.csv", csv_path, manifest["prior"], malformed)
+    except ValueError as error:
+        checks.append(Check("submission valid", False, f"{error}"))
+    else:
+        told = f", {len(malformed):,} malformed with the prior" if malformed else ""
+        checks.append(Check("submission valid", True, f"{len(answers):,} rows{told}"))
+        checks += compare_with_stages(csv_path, answers, work / "details.parquet", manifest, proof)
     return [check._replace(name=f"{folder.name}: {check.name}") for check in checks]
 
 
-def said(probe: str) -> str:
-    """What a probe got to hear: "probe: network refused: Timed out" -> "Timed out"."""
-    return probe.split(": ")[-1]
+def read_answers(path: Path, test: Path, prior: list[float], malformed: BadRows) -> np.ndarray:
+    """A submission's probabilities, float64 [rows, classes], read by the standard library alone.
 
+    Args:
+        path: The submission.
+        test: The test.csv that it answers.
+        prior: What a row that cannot be read must get.
+        malformed: Such rows.
 
-@contextmanager
-def listening() -> Iterator[int]:
-    """A port of this machine that can be connected to, which is shown first."""
-    with closing(socket.create_server(("127.0.0.1", 0), backlog=8)) as server:
-        port = server.getsockname()[1]
-        socket.create_connection(("127.0.0.1", port), timeout=10).close()
-        yield port
-
-
-def read_as_text(path: Path) -> list[list[str]]:
-    """The rows of a CSV below its header, by the standard library alone."""
+    Raises:
+        ValueError: Its header, an id or their order, a number, a range or a sum is wrong, or a malformed row
+            has not the prior.
+    """
     csv.field_size_limit(2**30)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return [row for row in csv.reader(file) if row][1:]
-
-
-def check_submission(
-    path: Path, ids: list[str], manifest: dict, malformed: dict[int, str] | None
-) -> tuple[np.ndarray, Check]:
-    """Header, ids and their order, numbers, range, sums; the prior in rows that cannot be read."""
-    name = "submission valid"
+    with test.open(encoding="utf-8-sig", newline="") as file:
+        ids = [row[0] for row in csv.reader(file) if row][1:]
     with path.open(encoding="utf-8", newline="") as file:
         header, *rows = csv.reader(file)
     if header != ["id", *LABELS]:
-        return np.empty(0), Check(name, False, f"the header is {header}")
-    found = [row[0] for row in rows]
-    if found != ids:
-        return np.empty(0), Check(
-            name, False, f"{len(found)} ids, expected the {len(ids)} of test.csv in order"
-        )
+        raise ValueError(f"the header is {header}")
+    if [row[0] for row in rows] != ids:
+        raise ValueError(f"{len(rows)} ids, expected the {len(ids)} of test.csv in order")
     answers = np.array([[float(cell) for cell in row[1:]] for row in rows])
-    sums = answers.sum(axis=1)
-    bad = ~np.isfinite(answers).all(1) | (answers < 0).any(1) | (answers > 1).any(1)
-    bad |= ~(np.abs(sums - 1) <= SUM_TOLERANCE)
-    if bad.any():
-        row = int(bad.argmax())
-        return answers, Check(name, False, f"{bad.sum()} rows, first id {ids[row]}: {answers[row].tolist()}")
-    wrong = [row for row in malformed or () if np.abs(answers[row] - manifest["prior"]).max() > 1e-9]
-    if wrong:
-        detail = f"{len(wrong)} malformed rows without the prior, first {wrong[0]}: {malformed[wrong[0]]}"
-        return answers, Check(name, False, detail)
-    detail = f"{len(ids):,} rows" + (f", {len(malformed):,} malformed with the prior" if malformed else "")
-    return answers, Check(name, True, detail)
+    is_good = ((answers >= 0) & (answers <= 1)).all(axis=1)  # nor is a NaN
+    is_good &= np.abs(answers.sum(axis=1) - 1) <= SUM_TOLERANCE
+    if not is_good.all():
+        row = int(is_good.argmin())
+        raise ValueError(f"{(~is_good).sum()} rows, first id {ids[row]}: {answers[row].tolist()}")
+    if wrong := [row for row in malformed if np.abs(answers[row] - prior).max() > 1e-9]:
+        raise ValueError(
+            f"{len(wrong)} malformed rows without the prior, first {wrong[0]}: {malformed[wrong[0]]}"
+        )
+    return answers
 
 
 def compare_with_stages(
-    csv_path: Path, answers: np.ndarray, details_path: Path, manifest: dict, args: Args
+    csv_path: Path, answers: np.ndarray, details_path: Path, manifest: dict, proof: Proof
 ) -> list[Check]:
     """For a sample of rows: the bundle's token ids and answers beside those of the finals in fp32.
 
@@ -284,7 +263,7 @@ def compare_with_stages(
     swapped table, columns put back by hand, the mean and the scaling written out.
     """
     details = pl.read_parquet(details_path)
-    details = details.gather_every(max(1, len(details) // args.sample_rows)).head(args.sample_rows)
+    details = details.gather_every(max(1, len(details) // proof.sample_rows)).head(proof.sample_rows)
     frame = sample_frame(csv_path, details["row"].to_list())
     differing, total = [], np.zeros((len(frame), len(LABELS)))
     for model in manifest["models"]:
@@ -292,11 +271,9 @@ def compare_with_stages(
         for order in orders:
             probabilities, input_ids = stages_answer(model, swap(frame) if order == "swapped" else frame)
             served = details[f"{model['name']}/{order}/input_ids"].to_list()
-            differing += [
-                f"{model['name']}, {order}, id {key}"
-                for key, theirs, ours in zip(details["id"], served, input_ids, strict=True)
-                if theirs != ours
-            ]
+            pairs = zip(details["id"], served, input_ids, strict=True)
+            where = f"{model['name']}, {order}, id"
+            differing += [f"{where} {key}" for key, theirs, ours in pairs if theirs != ours]
             if order == "swapped":  # A of the swapped table is B of the original
                 probabilities = probabilities[:, [1, 0, 2]]
             total += model["weight"] / len(orders) * probabilities
@@ -306,14 +283,12 @@ def compare_with_stages(
         expected /= expected.sum(axis=1, keepdims=True)
     gaps = np.abs(answers[details["row"].to_numpy()] - expected).max(axis=1)
     worst = int(gaps.argmax())
-    which = (
-        f"{len(differing)} differ, first {differing[0]}" if differing else f"{len(frame)} rows, all models"
-    )
+    told = f"{len(differing)} differ, first {differing[0]}" if differing else f"{len(frame)} rows, all models"
     return [
-        Check("token ids equal the stages'", not differing, which),
+        Check("token ids equal the stages'", not differing, told),
         Check(
-            f"probabilities within {args.tolerance:g} of the stages'",
-            bool(gaps[worst] <= args.tolerance),
+            f"probabilities within {proof.tolerance:g} of the stages'",
+            bool(gaps[worst] <= proof.tolerance),
             f"{len(frame)} rows, largest difference {gaps[worst]:.1e} (id {details['id'][worst]})",
         ),
     ]
@@ -321,18 +296,10 @@ def compare_with_stages(
 
 def sample_frame(csv_path: Path, rows: list[int]) -> pl.DataFrame:
     """Some rows of a test.csv as comparisons, numbered in order so that sorting by id keeps it."""
-    wanted, found = set(rows), []
-    with closing(read_rows(csv_path)) as lines:
-        _, header = next(lines)
-        for row, (_, cells) in enumerate(lines):
-            if row in wanted:
-                texts, _ = parse_texts(header, cells)
-                found.append({"id": f"{len(found):08d}", "source": "verify", **texts})
-    return pl.DataFrame(
-        found, schema={name: kind for name, kind in SCHEMA.items() if name in found[0]}
-    ).select(
-        pl.col(name) if name in found[0] else pl.lit(None, kind).alias(name) for name, kind in SCHEMA.items()
-    )
+    (_, header), *lines = read_rows(csv_path)
+    texts = [parse_texts(header, lines[row][1])[0] for row in rows]
+    numbered = [{"id": f"{i:08d}", "source": "verify", **turns} for i, turns in enumerate(texts)]
+    return pl.DataFrame(numbered, schema=SCHEMA)
 
 
 def stages_answer(model: dict, frame: pl.DataFrame) -> tuple[np.ndarray, list[list[int]]]:
@@ -352,11 +319,8 @@ def stages_answer(model: dict, frame: pl.DataFrame) -> tuple[np.ndarray, list[li
 
 def conclude(checks: list[Check], bundle: Path, how: str, test: str) -> None:
     """Prints every check and writes verify.json, or raises with those that failed."""
-    show_table(
-        "verification",
-        ("check", "result", "detail"),
-        [(check.name, "passed" if check.passed else "FAILED", check.detail) for check in checks],
-    )
+    rows = [(check.name, "passed" if check.passed else "FAILED", check.detail) for check in checks]
+    show_table("verification", ("check", "result", "detail"), rows)
     if failed := [f"{check.name}: {check.detail}" for check in checks if not check.passed]:
         raise ValueError(f"{bundle} is not what the stages made: {'; '.join(failed)}")
     result = {
@@ -371,4 +335,4 @@ def conclude(checks: list[Check], bundle: Path, how: str, test: str) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    cli(main, arguments=by_flags(Args))

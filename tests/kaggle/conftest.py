@@ -10,7 +10,7 @@ import pytest
 from helpers import make_checkpoint
 
 import bundle as bundling
-from bundle_manifest import MANIFEST, files_of
+from bundle_manifest import MANIFEST, VERIFICATION, files_of, seal
 from common.data.table import LABELS
 from common.files import file_hash, read_json, write_json
 from common.models import load_model, save_checkpoint
@@ -70,14 +70,29 @@ def built(tmp_path_factory) -> Path:
     make_final(artifacts / "stage3/gemma9b-final", "gemma9b", "gemma")
     make_final(artifacts / "stage3/armorm8b-final", "armorm8b", "llama")
     args = bundling.Args(artifacts=artifacts)
-    bundling.write(bundling.describe(args), args, artifacts / "bundle")
+    bundling.build(bundling.describe(args), args, artifacts / "bundle")
     return artifacts
 
 
 @pytest.fixture
 def artifacts(built, tmp_path) -> Path:
     """A copy of `built` to do as one likes with."""
-    shutil.copytree(built, tmp_path / "artifacts")
-    path = tmp_path / "artifacts/bundle" / MANIFEST
-    path.write_text(path.read_text().replace(str(built), str(tmp_path / "artifacts")))
-    return tmp_path / "artifacts"
+    return copy_artifacts(built, tmp_path / "artifacts")
+
+
+def copy_artifacts(source: Path, target: Path) -> Path:
+    """A copy whose manifest names its own finals, verified if the source is."""
+    shutil.copytree(source, target)
+    bundle = target / "bundle"
+    path = bundle / MANIFEST
+    path.write_text(path.read_text().replace(str(source), str(target)))
+    if (bundle / VERIFICATION).is_file():
+        seal_again(bundle, read_json(bundle / VERIFICATION))
+    return target
+
+
+def seal_again(bundle: Path, result: dict) -> None:
+    """Writes a verify.json that speaks of the manifest as it is now."""
+    rest = {name: value for name, value in result.items() if name != "seal"}
+    rest["manifest_sha256"] = file_hash(bundle / MANIFEST)
+    write_json(bundle / VERIFICATION, {**rest, "seal": seal(rest)})

@@ -10,7 +10,7 @@ from conftest import make_final
 from safetensors.torch import load_file, save_file
 
 import bundle as bundling
-from bundle import code_files
+from bundle import contents
 from bundle_manifest import MANIFEST, read_bundle
 from common.data.table import LABELS
 from common.files import file_hash, read_json, write_json
@@ -19,12 +19,7 @@ from common.models import load_model
 
 def build(artifacts, **flags):
     args = bundling.Args(artifacts=artifacts, **flags)
-    manifest = bundling.describe(args)
-    output = args.output or artifacts / "bundle"
-    if bundling.is_same(output, manifest):
-        return False
-    bundling.write(manifest, args, output)
-    return True
+    bundling.build(bundling.describe(args), args, args.output or artifacts / "bundle")
 
 
 def change_preference(folder, **changes):
@@ -40,8 +35,8 @@ def test_the_bundle_is_listed_whole_and_in_fp16(built):
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
         assert all(torch.equal(tensor, source[key].half()) for key, tensor in tensors.items())
     assert not list((built / "bundle").rglob("*.pkl")) and not list((built / "bundle").rglob("trained_on*"))
-    for name, source in code_files().items():
-        assert file_hash(built / "bundle/code" / name) == file_hash(source)
+    for name, source in contents(None).items():
+        assert file_hash(built / "bundle" / name) == file_hash(source)
 
 
 def test_defaults_are_the_originals(built):
@@ -51,13 +46,16 @@ def test_defaults_are_the_originals(built):
 
 
 def test_built_again_it_is_up_to_date(artifacts, capsys):
-    assert not build(artifacts)
+    before = (artifacts / "bundle").stat().st_ino
+    build(artifacts)
+    assert "bundle is up to date" in capsys.readouterr().out
+    assert (artifacts / "bundle").stat().st_ino == before
 
 
 def test_what_did_not_change_is_taken_over(artifacts, capsys):
     make_final(artifacts / "stage3/gemma9b-final", "gemma9b", "gemma", label_prior=[0.3, 0.3, 0.4])
     before = (artifacts / "bundle/models/armorm8b/model.safetensors").stat().st_ino
-    assert build(artifacts)
+    build(artifacts)
     said = capsys.readouterr().out
     assert "armorm8b-final: unchanged since the last bundle" in said and "gemma9b-final: to fp16" in said
     assert (artifacts / "bundle/models/armorm8b/model.safetensors").stat().st_ino == before
@@ -66,7 +64,7 @@ def test_what_did_not_change_is_taken_over(artifacts, capsys):
 
 def test_a_damaged_bundle_is_built_again(artifacts, capsys):
     (artifacts / "bundle/code/infer.py").write_text("print('hello')\n")
-    assert build(artifacts)
+    build(artifacts)
     assert "has sha256" in capsys.readouterr().out
     read_bundle(artifacts / "bundle")
 
@@ -93,7 +91,7 @@ def test_missing_and_additional_files_are_refused(artifacts):
 
 def test_one_final_is_a_bundle_too(artifacts):
     shutil.rmtree(artifacts / "stage3/armorm8b-final")
-    assert build(artifacts)
+    build(artifacts)
     assert [m["name"] for m in read_bundle(artifacts / "bundle")["models"]] == ["gemma9b"]
 
 
@@ -144,7 +142,7 @@ def test_different_votes(artifacts):
     change_preference(folder, lineage={"train": "w" * 64, "held_out": None})
     with pytest.raises(ValueError, match=r"different votes \(vvvvvvvvvvvv and wwwwwwwwwwww\)"):
         build(artifacts)
-    assert build(artifacts, accept_different_data=True)
+    build(artifacts, accept_different_data=True)
 
 
 def test_the_same_final_twice_and_another_stage(artifacts):
@@ -216,7 +214,7 @@ def evaluation(artifacts, *, num_rows=400):
 
 def test_fitted_weights_go_to_the_better_model(artifacts, capsys):
     evaluation(artifacts)
-    assert build(artifacts, evaluation="stage3", fit_weights=True)
+    build(artifacts, evaluation="stage3", fit_weights=True)
     found = {m["name"]: m["weight"] for m in read_bundle(artifacts / "bundle")["models"]}
     assert found["armorm8b"] > 0.99 and found["gemma9b"] < 0.01
     assert (
@@ -236,11 +234,11 @@ def test_kept_scaling_travels_and_must_fit_the_ensemble(artifacts):
         "scaling": scaling,
     }
     write_json(folder / "calibration.json", found)
-    assert build(artifacts, evaluation="stage3")
+    build(artifacts, evaluation="stage3")
     assert read_json(artifacts / "bundle" / MANIFEST)["scaling"] == scaling
     write_json(folder / "calibration.json", found | {"weights": [1, 1]})
     with pytest.raises(ValueError, match=r"--ensemble-orders swapped given --weights 1\.0 2\.0"):
         build(artifacts, evaluation="stage3")
     write_json(folder / "calibration.json", found | {"kept": None, "scaling": None})
-    assert build(artifacts, evaluation="stage3")
+    build(artifacts, evaluation="stage3")
     assert read_json(artifacts / "bundle" / MANIFEST)["scaling"] is None

@@ -167,12 +167,20 @@ def test_replicas_on_several_devices_and_any_budget_agree(built):
         assert np.allclose(logits(devices, max_tokens), alone, atol=1e-5)
 
 
-def test_a_device_without_memory_says_what_to_do(built):
-    def load(device):
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("where", ["load", "forward"])
+def test_a_device_without_memory_says_what_to_do(num_devices, where):
+    def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(ValueError, match="smaller --max-tokens-per-micro-batch"):
-        infer.run_replicas(load, [np.arange(3)], devices=[torch.device("cpu")], max_tokens=9, description="x")
+    with pytest.raises(ValueError, match=r"x does not fit cpu.* smaller --max-tokens-per-micro-batch"):
+        infer.run_replicas(
+            fail if where == "load" else lambda device: fail,
+            [np.arange(3)] * 9,
+            devices=[torch.device("cpu")] * num_devices,
+            max_tokens=3,
+            description="x",
+        )
 
 
 def test_bf16_is_decided_by_capability(monkeypatch):

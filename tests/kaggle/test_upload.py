@@ -5,10 +5,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import seal_again
 
 import upload
-from bundle_manifest import MANIFEST, VERIFICATION, seal
-from common.files import file_hash, write_json
+from bundle_manifest import VERIFICATION
 
 CLIENT = """
 import json, os, sys
@@ -36,8 +36,7 @@ if words[:2] == ["datasets", "status"]:
 def bundle(artifacts):
     """A bundle that counts as verified."""
     folder = artifacts / "bundle"
-    result = {"passed": True, "manifest_sha256": file_hash(folder / MANIFEST), "checks": []}
-    write_json(folder / VERIFICATION, {**result, "seal": seal(result)})
+    seal_again(folder, {"passed": True, "checks": []})
     return folder
 
 

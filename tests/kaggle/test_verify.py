@@ -5,9 +5,11 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
-from conftest import make_final, reseal, write_test_csv
+from conftest import ROWS, copy_artifacts, make_final, reseal, write_test_csv
 from helpers import ROOT
 
 import bundle as bundling
@@ -20,10 +22,56 @@ from common.files import read_json, write_json
 from sandbox import NAMESPACE, SOCKET_BLOCK, isolated, isolation, make_environment
 from stress import write_stress_set
 
+PROOF = {"stress_rows": 60, "sample_rows": 20}
 
-def run_verify(artifacts, **flags):
-    flags = {"stress_rows": 60, "sample_rows": 20, **flags}
-    verify.verify(verify.Args(artifacts=artifacts, **flags), artifacts / "bundle")
+
+@pytest.fixture(scope="module")
+def submitted(built, tmp_path_factory):
+    """An artifacts folder after `just submit`, and its test.csv; never changed by a test."""
+    artifacts = copy_artifacts(built, tmp_path_factory.mktemp("submitted") / "artifacts")
+    submit.main(submission(artifacts, write_test_csv(artifacts / "test.csv")))
+    return artifacts
+
+
+@pytest.fixture
+def verified(submitted, tmp_path):
+    """A copy of `submitted` to do as one likes with."""
+    return copy_artifacts(submitted, tmp_path / "artifacts")
+
+
+@pytest.fixture(scope="module")
+def python(built, tmp_path_factory):
+    """Python of the environment that a bundle of `built` asks for, without sockets."""
+    wanted = read_bundle(built / "bundle")["requirements"]
+    return make_environment(
+        tmp_path_factory.mktemp("environment") / "e",
+        wanted["libraries"] | wanted["kernel"],
+        block_sockets=True,
+    )
+
+
+@pytest.fixture
+def run_verify(python, monkeypatch):
+    """Verifies a bundle on the first set only, in a shared environment and the weaker isolation.
+
+    `submitted` was verified on both sets, in an environment of its own and the strongest isolation.
+    """
+    prepare_sets = verify.prepare_sets
+    monkeypatch.setattr(verify, "prepare_sets", lambda *arguments: prepare_sets(*arguments)[:1])
+    monkeypatch.setattr(verify, "isolation", lambda: SOCKET_BLOCK)
+    monkeypatch.setattr(verify, "make_environment", lambda *_, **__: python)
+
+    def run(artifacts, **flags):
+        proof = verify.Proof(**PROOF | flags)
+        verify.verify(artifacts / "bundle", proof, artifacts)
+
+    return run
+
+
+def submission(artifacts, test, **flags):
+    return submit.Args(
+        build=bundling.Args(artifacts=artifacts, **flags), proof=verify.Proof(test=test, **PROOF)
+    )
 
 
 def edit(artifacts, name, old, new):
@@ -35,22 +83,20 @@ def edit(artifacts, name, old, new):
     reseal(artifacts / "bundle")
 
 
-def test_a_good_bundle_is_verified_and_sealed(artifacts, tmp_path):
-    test = write_test_csv(tmp_path / "test.csv")
-    run_verify(artifacts, test=test, submission=tmp_path / "s.csv")
-    found = read_verification(artifacts / "bundle")
+def test_a_good_bundle_is_verified_and_sealed(verified):
+    found = read_verification(verified / "bundle")
     names = {check["name"] for check in found["checks"]}
     assert found["passed"] and {"test: network cut off", "stress: token ids equal the stages'"} <= names
-    with (tmp_path / "s.csv").open(newline="") as file:
+    with (verified / "submission.csv").open(newline="") as file:
         assert [row[0] for row in csv.reader(file)] == ["id", "7", "4294967299", "007"]
 
-    write_json(artifacts / "bundle/verify.json", found | {"checks": []})
+    write_json(verified / "bundle/verify.json", found | {"checks": []})
     with pytest.raises(ValueError, match="its seal does not fit"):
-        read_verification(artifacts / "bundle")
-    write_json(artifacts / "bundle/verify.json", found)
-    reseal_with_another_prior(artifacts)
+        read_verification(verified / "bundle")
+    write_json(verified / "bundle/verify.json", found)
+    reseal_with_another_prior(verified)
     with pytest.raises(ValueError, match="was changed after it was verified"):
-        read_verification(artifacts / "bundle")
+        read_verification(verified / "bundle")
 
 
 def reseal_with_another_prior(artifacts):
@@ -91,15 +137,15 @@ def reseal_with_another_prior(artifacts):
         ),
     ],
 )
-def test_what_differs_from_the_stages_is_caught(artifacts, tmp_path, name, old, new, message):
+def test_what_differs_from_the_stages_is_caught(artifacts, tmp_path, run_verify, name, old, new, message):
     edit(artifacts, name, old, new)
     test = write_test_csv(tmp_path / "test.csv")
     with pytest.raises(ValueError, match=message):
-        run_verify(artifacts, test=test, stress_rows=25)
+        run_verify(artifacts, test=test)
     assert not (artifacts / "bundle/verify.json").exists() and not (artifacts / "submission.csv").exists()
 
 
-def test_a_changed_tokenizer_is_caught(artifacts):
+def test_a_changed_tokenizer_is_caught(artifacts, run_verify):
     path = artifacts / "bundle/models/armorm8b/tokenizer.json"
     tokenizer = read_json(path)
     tokenizer["model"]["merges"].pop()
@@ -111,7 +157,7 @@ def test_a_changed_tokenizer_is_caught(artifacts):
         run_verify(artifacts)
 
 
-def test_a_notebook_that_raises(artifacts):
+def test_a_notebook_that_raises(artifacts, run_verify):
     path = artifacts / "bundle/notebook.ipynb"
     notebook = read_json(path)
     notebook["cells"][1]["source"] = ["raise RuntimeError('out of luck')"]
@@ -122,13 +168,10 @@ def test_a_notebook_that_raises(artifacts):
     assert not (artifacts / "bundle/verify.json").exists()
 
 
-def test_a_final_that_changed_since(artifacts):
+def test_a_final_that_changed_since(artifacts, run_verify):
     make_final(artifacts / "stage3/gemma9b-final", "gemma9b", "gemma", label_prior=[0.1, 0.1, 0.8])
     with pytest.raises(ValueError, match="build it again"):
         run_verify(artifacts)
-
-
-MANIFEST_OF_ONE = {"prior": [0.5, 0.25, 0.25]}
 
 
 @pytest.mark.parametrize(
@@ -146,8 +189,9 @@ MANIFEST_OF_ONE = {"prior": [0.5, 0.25, 0.25]}
 def test_what_a_valid_submission_is(tmp_path, rows, message):
     with (tmp_path / "s.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("id", *LABELS), *rows])
-    _, check = verify.check_submission(tmp_path / "s.csv", ["1", "2"], MANIFEST_OF_ONE, {0: "no turns"})
-    assert check.passed == (message is None) and (message or "") in check.detail
+    (tmp_path / "test.csv").write_text("id,prompt,response_a,response_b\n1,[],[],[]\n2,[],[],[]\n")
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        verify.read_answers(tmp_path / "s.csv", tmp_path / "test.csv", [0.5, 0.25, 0.25], {0: "no turns"})
 
 
 def test_the_stress_set_is_what_it_says(tmp_path):
@@ -171,57 +215,73 @@ def test_the_stress_set_is_what_it_says(tmp_path):
     assert set(malformed.values()) >= {"malformed JSON", "no turns", "wrong number of cells"}
 
 
-def test_a_copy_elsewhere_answers_alike_without_network_and_repository(artifacts, tmp_path):
-    test = write_test_csv(tmp_path / "test.csv")
-    run_verify(artifacts, test=test, submission=tmp_path / "s.csv")
+def test_a_machine_without_namespaces_verifies_too(artifacts, run_verify):
+    run_verify(artifacts)
+    assert read_verification(artifacts / "bundle")["isolation"] == SOCKET_BLOCK
+
+
+def test_a_final_that_is_gone(artifacts, run_verify):
+    shutil.rmtree(artifacts / "stage3/gemma9b-final")
+    with pytest.raises(ValueError, match=r"gemma9b-final is not there, .* put that final back"):
+        run_verify(artifacts)
+
+
+def test_a_copy_elsewhere_answers_alike_without_network_and_repository(submitted, tmp_path):
     elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(artifacts / "bundle", elsewhere)
+    shutil.copytree(submitted / "bundle", elsewhere)
     requirements = read_bundle(elsewhere)["requirements"]
     how = isolation()
     python = make_environment(
         tmp_path / "environment", requirements["libraries"], block_sockets=how == SOCKET_BLOCK
     )
-    command = [str(python), str(elsewhere / "code/infer.py"), "--test", str(test), "--output", "copy.csv"]
+    test = shutil.copy(submitted / "test.csv", tmp_path)
+    command = [str(python), str(elsewhere / "code/infer.py"), "--test", test, "--output", "copy.csv"]
     if how == NAMESPACE:
         repository = [ROOT / name for name in ("common", "stages", "kaggle", "data_prep")]
-        command = isolated(command, read_only={elsewhere: elsewhere}, hidden=[*repository, artifacts])
+        command = isolated(command, read_only={elsewhere: elsewhere}, hidden=[*repository, submitted])
     # as many threads as in the run before it: sums over two threads round otherwise on some processors
     environment = {"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
     found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
-    assert (tmp_path / "copy.csv").read_text() == (tmp_path / "s.csv").read_text()
+    assert (tmp_path / "copy.csv").read_text() == (submitted / "submission.csv").read_text()
     read_bundle(elsewhere)  # running it left nothing behind
 
 
-def test_submit_builds_verifies_and_is_then_up_to_date(artifacts, tmp_path, capsys):
-    test = write_test_csv(tmp_path / "test.csv")
-    args = submit.Args(build=bundling.Args(artifacts=artifacts), test=test, stress_rows=25)
-    submit.main(args)
-    read_verification(artifacts / "bundle")
-    assert (artifacts / "submission.csv").is_file() and not (artifacts / "bundle-unverified").exists()
-    capsys.readouterr()
+def test_submit_is_up_to_date_until_something_changes(verified, monkeypatch, capsys):
+    """The bundle is verified where it is built; what verifying does is shown above."""
+    args = submission(verified, verified / "test.csv")
+    assert (verified / "submission.csv").is_file() and not (verified / "bundle-unverified").exists()
     submit.main(args)
     assert "is up to date and verified" in capsys.readouterr().out
 
-    path = artifacts / "bundle/code/infer.py"
+    verifications = []
+
+    def prove(bundle, proof, artifacts):
+        verifications.append(bundle.name)
+        verify.conclude([], bundle, "no isolation", verify.describe_test(proof))
+
+    monkeypatch.setattr(verify, "verify", prove)
+    path = verified / "bundle/code/infer.py"
     path.write_text(path.read_text() + "\n")
     submit.main(args)
     said = capsys.readouterr().out
-    assert "has sha256" in said and "is complete" in said
-    read_bundle(artifacts / "bundle")
+    assert "has sha256" in said and "is complete" in said and verifications == ["bundle-unverified"]
+    read_bundle(verified / "bundle")
+    read_verification(verified / "bundle")
 
-
-def test_submit_keeps_the_last_good_bundle_where_the_new_one_fails(artifacts, tmp_path, monkeypatch):
-    test = write_test_csv(tmp_path / "test.csv")
-    args = submit.Args(build=bundling.Args(artifacts=artifacts), test=test, stress_rows=25)
+    write_test_csv(verified / "test.csv", ROWS[:1])
     submit.main(args)
-    before = json.dumps(read_verification(artifacts / "bundle"))
-    failing = submit.Args(
-        build=bundling.Args(artifacts=artifacts, weights=(1.0, 3.0)), test=test, stress_rows=25, tolerance=0.0
-    )
+    (verified / "submission.csv").unlink()
+    submit.main(args)
+    assert len(verifications) == 3
+
+
+def test_submit_keeps_the_last_good_bundle_where_the_new_one_fails(verified, run_verify):
+    before = json.dumps(read_verification(verified / "bundle"))
+    args = submission(verified, verified / "test.csv", weights=(1.0, 3.0))
     with pytest.raises(ValueError, match="probabilities within 0 of the stages'"):
-        submit.main(failing)
-    assert json.dumps(read_verification(artifacts / "bundle")) == before
-    read_bundle(artifacts / "bundle")
+        submit.main(replace(args, proof=replace(args.proof, tolerance=0.0)))
+    assert json.dumps(read_verification(verified / "bundle")) == before
+    read_bundle(verified / "bundle")
     with pytest.raises(ValueError, match="was not verified"):
-        read_verification(artifacts / "bundle-unverified")
+        read_verification(verified / "bundle-unverified")
