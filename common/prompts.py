@@ -34,16 +34,8 @@ CUT = "\n[...]\n"
 NULL_TURN = "(null)"
 VERDICT = "[Preferred answer]"
 PIECES = (
-    USER,
-    ANSWER_A,
-    ANSWER_B,
-    END_OF_TURN,
-    CONVERSATION_A,
-    CONVERSATION_B,
-    OMITTED,
-    CUT,
-    NULL_TURN,
-    VERDICT,
+    *(USER, ANSWER_A, ANSWER_B, END_OF_TURN, CONVERSATION_A, CONVERSATION_B),
+    *(OMITTED, CUT, NULL_TURN, VERDICT),
 )
 
 INSTRUCTION_SLOT = "@@instruction@@"

@@ -12,16 +12,10 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from common import models
 from common.console import say, show_table
 from common.data.held_out import unseen
 from common.data.table import LABELS, labels_array, table_hash, write_table
-from common.models import (
-    checkpoint_hash,
-    find_checkpoint,
-    load_model,
-    read_preference,
-    save_checkpoint,
-)
 from common.prompts import Prompter, load_tokenizer, read_instruction
 from common.runs import Run
 from common.score.metrics import prior_log_loss, score
@@ -79,13 +73,13 @@ def open_parent(checkpoint: str, recipe: Recipe, *, instruction: Path | None, tr
     Raises:
         ValueError: There is none, or it was trained with another template or tokenizer.
     """
-    folder = find_checkpoint(checkpoint, weights=not training.dry_run)
+    folder = models.find_checkpoint(checkpoint, weights=not training.dry_run)
     prompter = Prompter(
         load_tokenizer(folder),
         conversation_tokens=recipe.conversation_tokens,
         instruction=read_instruction(instruction),
     )
-    preference = read_preference(folder)
+    preference = models.read_preference(folder)
     theirs = prompter.template_hash if preference is None else preference["prompt"]["template_hash"]
     if theirs != prompter.template_hash:
         raise ValueError(
@@ -114,7 +108,7 @@ def open_run(
     inputs: list[dict[str, object]] = [{}]
     if accelerator.is_main_process:
         inputs[0] = {
-            "checkpoint": checkpoint_hash(parent.folder),
+            "checkpoint": models.checkpoint_hash(parent.folder),
             "train": table_hash(train),
             "held_out": None if held_out is None else table_hash(held_out),
             "prompt": parent.prompter.prompt_hash,
@@ -162,7 +156,7 @@ def describe(title: str, recipe: Recipe, table: Recipe, sequences: Sequences, nu
 def load_and_place(parent: Parent, recipe: Recipe, *, ops: str, accelerator: Accelerator) -> nn.Module:
     """Weights on the first process (everywhere without FSDP), then placed; prints the surgery and the ops."""
     sharded = is_fsdp(accelerator)
-    model = load_model(
+    model = models.load_model(
         parent.name,
         dtype=recipe.torch_dtype,
         device="cpu" if sharded else accelerator.device,
@@ -271,7 +265,7 @@ def save(
     if accelerator.is_main_process:
         write_table(trained_on.to_frame(), run.folder / "trained_on.parquet")
         described = run.description
-        save_checkpoint(
+        models.save_checkpoint(
             run.folder,
             model=model,
             state_dict=weights,
