@@ -120,6 +120,7 @@ def main(args: Args) -> None:
         if args.submission is not None:
             write_submission(args.submission, run.folder / "probabilities.parquet", frame)
             say(f"{args.submission}: {len(frame):,} rows")
+    accelerator.end_training()
 
 
 def find_checkpoints(args: Args) -> dict[str, Path]:

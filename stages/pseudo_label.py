@@ -75,6 +75,7 @@ def main(args: Args) -> None:
         label(teacher, pool, output / teacher.name, args, accelerator)
     if args.merge and accelerator.is_main_process:
         merge([output / teacher.name / "probabilities.parquet" for teacher in teachers], output / "ensemble")
+    accelerator.end_training()
 
 
 def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerator: Accelerator) -> None:

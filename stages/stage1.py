@@ -70,7 +70,8 @@ def main(args: Args) -> None:
         "stage1", args.model, output, recipe, parent, train=train, held_out=held_out, accelerator=accelerator
     )
     if run.is_complete:
-        return say(f"{output} is up to date")
+        say(f"{output} is up to date")
+        return accelerator.end_training()
     sequences = steps.tokenise_for(recipe, train, parent, args.execution, accelerator)
     steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
     trained_on = all_trained_on(train, parent.folder)
