@@ -25,9 +25,10 @@ from packaging.utils import canonicalize_name
 from bundle_manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manifest
 from common.console import cli, say, show_table
 from common.data.table import LABELS, Order, is_labelled, labels_array
-from common.files import file_hash, read_json, replacing_folder, text_hash, write_json
+from common.files import file_hash, read_json, replacing_folder, write_json
 from common.models import checkpoint_hash, load_model, save_checkpoint
 from common.prompts import load_tokenizer
+from common.runs import code_hash
 from common.score.calibration import cross_fit_weights
 from common.score.ensemble import contributed, interval, read_group
 from common.trained import open_prompter
@@ -171,14 +172,13 @@ def describe(args: Args) -> dict[str, object]:
         (m["name"], m["checkpoint"], m["order"], f"{m['weight']:g}", m["template_hash"][:12]) for m in models
     ]
     show_table("bundle", ("model", "final", "order", "weight", "template"), rows)
-    code = (*contents(args.wheels).values(), Path(__file__))
     return {
         "format": FORMAT,
         "classes": list(LABELS),
         "prior": np.mean([model.pop("label_prior") for model in models], axis=0).tolist(),
         "models": models,
         "scaling": find_scaling(args, models),
-        "code": text_hash(*(f"{path.name} {file_hash(path)}" for path in code)),
+        "code": code_hash(*contents(args.wheels).values(), Path(__file__)),
         "requirements": {name: needed_distributions(of) for name, of in REQUIREMENTS.items()},
     }
 

@@ -71,12 +71,14 @@ def main(args: Args) -> None:
     votes, pool = (demo / "data" / f"{name}.parquet" for name in ("votes", "pool"))
     base = ["--artifacts", demo]
     train = [*base, "--votes", votes, "--tracker", "none"]
-    together([script("stages/stage1.py", model, *train) for model in MODELS])
+    start = {model: ["--checkpoint", demo / "models" / model] for model in MODELS}
+    together([script("stages/stage1.py", model, *train, *start[model]) for model in MODELS])
     label = ["stages/pseudo_label.py", *base, "--comparisons", pool, "--teachers"]
     teachers = [demo / "stage1" / model for model in MODELS]
     together([script(*label, teacher, "--no-merge") for teacher in teachers])
     together([script(*label, *teachers)])
-    together([script("stages/stage2.py", model, *train, "--comparisons", pool) for model in MODELS])
+    soft = [*train, "--comparisons", pool]
+    together([script("stages/stage2.py", model, *soft, *start[model]) for model in MODELS])
     stage3 = [script("stages/stage3.py", model, *train) for model in MODELS]
     together([*stage3, *([*command, "--final"] for command in stage3)])
     as_served = ["--weights", 2, 1, "--ensemble-orders", "given", "swapped", "--calibrate"]
