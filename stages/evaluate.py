@@ -33,7 +33,7 @@ from common.score.calibration import MIN_LABELLED, calibrate
 from common.score.metrics import ENSEMBLE, FITTED, PRIOR
 from common.score.predict import predict_orders
 from common.tokens import tokenise
-from common.train.launch import start
+from common.train.launch import leave, start
 from common.train.recipe import Execution, by_flags
 from common.trained import open_model, open_prompter
 
@@ -120,7 +120,7 @@ def main(args: Args) -> None:
         if args.submission is not None:
             write_submission(args.submission, run.folder / "probabilities.parquet", frame)
             say(f"{args.submission}: {len(frame):,} rows")
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def find_checkpoints(args: Args) -> dict[str, Path]:

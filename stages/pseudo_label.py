@@ -24,7 +24,7 @@ from common.runs import Run, find_complete
 from common.score.ensemble import group_columns, read_group
 from common.score.predict import average, predict_orders
 from common.tokens import tokenise
-from common.train.launch import start
+from common.train.launch import leave, start
 from common.train.recipe import Execution, by_flags
 from common.trained import open_model, open_prompter
 
@@ -75,7 +75,7 @@ def main(args: Args) -> None:
         label(teacher, pool, output / teacher.name, args, accelerator)
     if args.merge and accelerator.is_main_process:
         merge([output / teacher.name / "probabilities.parquet" for teacher in teachers], output / "ensemble")
-    accelerator.end_training()
+    leave(accelerator)
 
 
 def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerator: Accelerator) -> None:

@@ -25,6 +25,7 @@ from common.data.table import LABELS, is_labelled, labels_array
 from common.score.metrics import SUM_TOLERANCE
 from common.train import steps
 from common.train.fit import fit
+from common.train.launch import leave
 from common.train.recipe import TINY, Execution, Recipe, Training, by_model
 
 RECIPES = {  # docs/recipes.md says why each number is what it is
@@ -84,7 +85,7 @@ def main(args: Args) -> None:
     )
     if run.is_complete:
         say(f"{output} is up to date")
-        return accelerator.end_training()
+        return leave(accelerator)
     sequences = steps.tokenise_for(recipe, train, parent, args.execution, accelerator)
     steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
     trained_on = all_trained_on(train, parent.folder)

@@ -22,7 +22,7 @@ from common.score.metrics import prior_log_loss, score
 from common.score.predict import predict_orders
 from common.tokens import Sequences, orders_of, tokenise
 from common.train.fit import plan_steps
-from common.train.launch import is_fsdp, place, start
+from common.train.launch import is_fsdp, leave, place, start
 from common.train.recipe import Execution, Recipe, Training
 
 NUM_LENGTH_BINS = 60
@@ -290,4 +290,4 @@ def save(
         )
         run.finish(metrics)
         say(f"{run.folder} is complete")
-    accelerator.end_training()
+    leave(accelerator)

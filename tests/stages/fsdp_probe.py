@@ -8,13 +8,12 @@ import json
 import sys
 
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from common.batching import pack
 from common.models import load_model
-from common.train.launch import place, start
+from common.train.launch import leave, place, start
 from common.train.optim import GradientSum, KahanOptimizer, soft_cross_entropy
 
 
@@ -35,7 +34,7 @@ def main() -> None:
         found = probe(checkpoint, accelerator)
         if accelerator.is_main_process:
             print(json.dumps(found), flush=True)
-    dist.destroy_process_group()
+    leave(accelerator)
 
 
 def probe(checkpoint, accelerator) -> dict[str, object]:

@@ -9,8 +9,11 @@ import sys
 
 from accelerate import Accelerator
 
+from common.train import launch
+
 if __name__ == "__main__":
-    Accelerator.end_training = lambda self: None  # it would take the process group from the next script
+    leave, launch.leave = launch.leave, lambda accelerator: None  # the processes go on with the next script
     for words in json.loads(sys.argv[1]):
         sys.argv = words
         runpy.run_path(words[0], run_name="__main__")
+    leave(Accelerator())
