@@ -1,12 +1,11 @@
 """Preference models on packed sequences: `load_model(path_or_short_name)`, `save_checkpoint(folder, ...)`."""
 
 from common.models.checkpoint import checkpoint_hash, load_model, read_preference, save_checkpoint
-from common.models.preference import PreferenceModel, Surgery
+from common.models.preference import PreferenceModel
 from common.models.zoo import find_checkpoint
 
 __all__ = [
     "PreferenceModel",
-    "Surgery",
     "checkpoint_hash",
     "find_checkpoint",
     "load_model",

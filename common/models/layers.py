@@ -1,13 +1,14 @@
 """The one decoder of all families. It runs on packed sequences only: no pad token, no mask, no buffer.
 
-Modules may be built on the meta device. A child's weight is only ever read by the child's own forward:
-that is where FSDP gathers it.
+Modules take the `Decoder` that their family's reader made, so that a difference between families is a field
+there and the one place that uses it. They may be built on the meta device. A child's weight is only ever read
+by the child's own forward: that is where FSDP gathers it.
 
 Shape suffixes: T packed tokens, S sequences, U rows that leave a layer (T, or S in the last layer), D model
 width, N query heads, K key/value heads, H head width, R rotation frequencies (H / 2), F feed-forward width.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -36,10 +37,10 @@ class Layout(NamedTuple):
 class RMSNorm(nn.Module):
     """RMS normalisation with its learned scale, which starts at exactly one."""
 
-    def __init__(self, *, hidden_size: int, eps: float, unit_offset: bool, ops: Ops) -> None:
+    def __init__(self, decoder: Decoder, *, ops: Ops) -> None:
         super().__init__()
-        self.eps, self.unit_offset, self.ops = eps, unit_offset, ops
-        self.weight = nn.Parameter(torch.zeros(hidden_size) if unit_offset else torch.ones(hidden_size))
+        self.eps, self.unit_offset, self.ops = decoder.eps, decoder.unit_offset, ops
+        self.weight = nn.Parameter(torch.full((decoder.hidden_size,), 0.0 if self.unit_offset else 1.0))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
@@ -49,26 +50,16 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Projections, rotary embedding and grouped-query attention of one layer."""
 
-    def __init__(
-        self,
-        *,
-        hidden_size: int,
-        num_heads: int,
-        num_key_value_heads: int,
-        head_dim: int,
-        scale: float,
-        softcap: float | None,
-        window: int | None,
-        last_token_only: bool,
-        ops: Ops,
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, window: int | None, last_token_only: bool, ops: Ops) -> None:
         super().__init__()
-        self.head_dim, self.scale, self.softcap, self.window = head_dim, scale, softcap, window
-        self.last_token_only, self.ops = last_token_only, ops
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=False)
-        self.k_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.v_proj = nn.Linear(hidden_size, num_key_value_heads * head_dim, bias=False)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=False)
+        self.head_dim, self.scale, self.softcap = decoder.head_dim, decoder.scale, decoder.softcap
+        self.window, self.last_token_only, self.ops = window, last_token_only, ops
+        width = decoder.num_heads * decoder.head_dim
+        key_value_width = decoder.num_key_value_heads * decoder.head_dim
+        self.q_proj = nn.Linear(decoder.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(decoder.hidden_size, key_value_width, bias=False)
+        self.v_proj = nn.Linear(decoder.hidden_size, key_value_width, bias=False)
+        self.o_proj = nn.Linear(width, decoder.hidden_size, bias=False)
 
     def forward(self, hidden_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """hidden_TD -> out_UD: every token asks, or with `last_token_only` each sequence's last one alone."""
@@ -102,19 +93,12 @@ class Attention(nn.Module):
 class GatedMLP(nn.Module):
     """Feed-forward block: down(activation(gate(x)) * up(x))."""
 
-    def __init__(
-        self,
-        *,
-        hidden_size: int,
-        intermediate_size: int,
-        activation: Literal["gelu_tanh", "silu"],
-        ops: Ops,
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, ops: Ops) -> None:
         super().__init__()
-        self.activation, self.ops = activation, ops
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.activation, self.ops = decoder.activation, ops
+        self.gate_proj = nn.Linear(decoder.hidden_size, decoder.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(decoder.hidden_size, decoder.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(decoder.intermediate_size, decoder.hidden_size, bias=False)
 
     def forward(self, hidden_UD: torch.Tensor) -> torch.Tensor:
         """hidden_UD -> out_UD."""
@@ -133,46 +117,23 @@ class DecoderLayer(nn.Module):
 
     def __init__(
         self,
+        decoder: Decoder,
         *,
-        hidden_size: int,
-        intermediate_size: int,
-        num_heads: int,
-        num_key_value_heads: int,
-        head_dim: int,
-        scale: float,
-        softcap: float | None,
         window: int | None,
-        activation: Literal["gelu_tanh", "silu"],
-        eps: float,
-        unit_offset: bool,
-        norms_after: bool,
         last_token_only: bool,
         activation_checkpointing: bool,
         ops: Ops,
     ) -> None:
         super().__init__()
         self.last_token_only, self.activation_checkpointing = last_token_only, activation_checkpointing
-        self.self_attn = Attention(
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_key_value_heads=num_key_value_heads,
-            head_dim=head_dim,
-            scale=scale,
-            softcap=softcap,
-            window=window,
-            last_token_only=last_token_only,
-            ops=ops,
-        )
-        self.mlp = GatedMLP(
-            hidden_size=hidden_size, intermediate_size=intermediate_size, activation=activation, ops=ops
-        )
-        norm = {"hidden_size": hidden_size, "eps": eps, "unit_offset": unit_offset, "ops": ops}
-        self.input_layernorm = RMSNorm(**norm)
-        self.post_attention_layernorm = RMSNorm(**norm)
-        self.norms_after = norms_after
-        if norms_after:
-            self.pre_feedforward_layernorm = RMSNorm(**norm)
-            self.post_feedforward_layernorm = RMSNorm(**norm)
+        self.self_attn = Attention(decoder, window=window, last_token_only=last_token_only, ops=ops)
+        self.mlp = GatedMLP(decoder, ops=ops)
+        self.input_layernorm = RMSNorm(decoder, ops=ops)
+        self.post_attention_layernorm = RMSNorm(decoder, ops=ops)
+        self.norms_after = decoder.norms_after
+        if decoder.norms_after:
+            self.pre_feedforward_layernorm = RMSNorm(decoder, ops=ops)
+            self.post_feedforward_layernorm = RMSNorm(decoder, ops=ops)
 
     def forward(self, hidden_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """hidden_TD -> hidden_UD."""
@@ -202,27 +163,15 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(
-                hidden_size=decoder.hidden_size,
-                intermediate_size=decoder.intermediate_size,
-                num_heads=decoder.num_heads,
-                num_key_value_heads=decoder.num_key_value_heads,
-                head_dim=decoder.head_dim,
-                scale=decoder.scale,
-                softcap=decoder.softcap,
+                decoder,
                 window=decoder.sliding_window if is_windowed else None,
-                activation=decoder.activation,
-                eps=decoder.eps,
-                unit_offset=decoder.unit_offset,
-                norms_after=decoder.norms_after,
                 last_token_only=number == len(decoder.windowed),
                 activation_checkpointing=activation_checkpointing,
                 ops=ops,
             )
             for number, is_windowed in enumerate(decoder.windowed, start=1)
         )
-        self.norm = RMSNorm(
-            hidden_size=decoder.hidden_size, eps=decoder.eps, unit_offset=decoder.unit_offset, ops=ops
-        )
+        self.norm = RMSNorm(decoder, ops=ops)
 
     def forward(
         self,

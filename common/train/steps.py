@@ -1,6 +1,6 @@
 """What stages 1, 2 and 3 share, one small function an event, in the order in which a stage calls them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -216,15 +216,8 @@ def score_held_out(
     if held_out is None:
         return {}
     held_out = unseen(held_out, trained_on)
-    sequences = tokenise(
-        held_out,
-        parent.prompter,
-        formats=recipe.formats[:1],
-        orders=("given",),
-        seed=recipe.seed,
-        cache=execution.artifacts / "tokens",
-        accelerator=accelerator,
-    )
+    one_way = replace(recipe, formats=recipe.formats[:1], swap="none")
+    sequences = tokenise_for(one_way, held_out, parent, execution, accelerator)
     given = predict_orders(
         model,
         sequences,

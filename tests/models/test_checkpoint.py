@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.batching import pack
-from common.models import Surgery, load_model
+from common.models import load_model
+from common.models.preference import Surgery
 
 HEAD = ("head.dense.weight", "head.dense.bias", "head.out.weight", "head.out.bias")
 NORM = "model.layers.1.input_layernorm.weight"
