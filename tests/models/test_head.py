@@ -42,7 +42,22 @@ def test_starts_near_the_uniform_loss():
     assert abs(loss - math.log(3)) < 0.05
 
 
-def test_dropout_stands_before_both_layers():
-    head = PreferenceHead(hidden_size=8, num_classes=2, dropout=1.0).train()
-    # Everything dropped: the biases alone are left, the second dropout zeroes what enters the last layer.
-    torch.testing.assert_close(head(torch.ones(1, 8)), head.out.bias[None])
+def test_both_dropouts_act_in_training():
+    """Units of bias 1 that read one input of 1 tell by their value which of the two dropouts struck them."""
+    torch.manual_seed(0)
+    p, num_units = 0.25, 4
+    head = PreferenceHead(hidden_size=2 * num_units, num_classes=num_units, dropout=p)
+    with torch.no_grad():
+        for layer, bias in ((head.dense, 1.0), (head.out, 0.0)):
+            nn.init.eye_(layer.weight)
+            layer.bias.fill_(bias)
+    inputs = torch.ones(5000, 2 * num_units)
+    torch.testing.assert_close(head.eval()(inputs), nn.functional.gelu(torch.full((5000, num_units), 2.0)))
+    found = head.train()(inputs)
+    kept = 1 / (1 - p)
+    levels = nn.functional.gelu(torch.tensor([0.0, kept, (kept + 1) * kept]))
+    is_level = torch.isclose(found[..., None], levels)
+    assert is_level.any(-1).all(), found.unique()
+    # Struck by the second, by the first alone, by neither; a share strays by 0.0035 by chance.
+    shares = torch.tensor([p, (1 - p) * p, (1 - p) ** 2])
+    torch.testing.assert_close(is_level.float().mean((0, 1)), shares, rtol=0, atol=0.015)
