@@ -12,7 +12,7 @@ machine_rank := env("MACHINE_RANK", "0")
 main_ip := env("MAIN_IP", "127.0.0.1")
 main_port := env("MAIN_PORT", "29500")
 processes := if gpus == "0" { "1" } else if machines == "1" { gpus } else { shell('echo $(($1 * $2))', gpus, machines) }
-launch := python + " -m accelerate.commands.launch --num_processes " + processes + " --config_file accelerate_configs/"
+launch := python + " -m common.train.launcher --num_processes " + processes + " --config_file accelerate_configs/"
 # One process needs no launcher, whose traceback would bury a clear error message
 launch_replicas := if processes == "1" { python } else { launch + "ddp.yaml" }
 rendezvous := if machines == "1" { "" } else { "--num_machines " + machines + " --machine_rank " + machine_rank + " --main_process_ip " + main_ip + " --main_process_port " + main_port }

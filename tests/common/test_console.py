@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -78,13 +79,59 @@ def test_a_mistake_ends_with_one_line_and_status_1(command, capsys, error, line)
     assert capsys.readouterr() == ("", line + "\n")
 
 
-def test_another_process_says_which_one_it_is(command, capsys, monkeypatch):
-    def main(args: Args) -> None:
-        raise ValueError("no")
+@pytest.fixture
+def slept(monkeypatch):
+    """Seconds that were slept, in which a launcher would have ended this process."""
+    seconds = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    return seconds
 
-    monkeypatch.setenv("RANK", "3")
-    assert command(main) == 1
-    assert capsys.readouterr().err == "error (process 3): no\n"
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "seconds", "said"),
+    [
+        ("0", "0", ValueError("no"), [], "error: no\n"),
+        ("8", "0", ValueError("no"), [], "error (process 8): no\n"),  # the first of another machine
+        ("3", "3", ValueError("no"), [3], "error (process 3): no\n"),
+        ("3", "3", OSError("no"), [3], "error (process 3): OSError: no\n"),
+        ("0", "0", RuntimeError("connection lost"), [1], None),  # perhaps the failure of another
+        ("3", "3", RuntimeError("connection lost"), [3], None),
+        ("3", "3", SystemExit(2), [3], None),
+    ],
+)
+def test_of_several_processes_others_give_the_first_time_to_speak(
+    command, capsys, monkeypatch, slept, rank, local_rank, error, seconds, said
+):
+    def main(args: Args) -> None:
+        raise error
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="connection lost"):
+            command(main)
+    else:
+        assert command(main) == (1 if said else 2)
+    assert slept == seconds and capsys.readouterr().err == (said or "")
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_an_interruption_and_a_bad_flag_are_told_once(command, capsys, monkeypatch, slept, local_rank):
+    def main(args: Args) -> None:
+        raise KeyboardInterrupt
+
+    ignored = []
+    monkeypatch.setattr("signal.signal", lambda *what: ignored.append(what))
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert command(main) == 130 and slept == []
+    assert ignored == [(signal.SIGINT, signal.SIG_IGN)], "a launcher passes the interruption on once more"
+    interruption = capsys.readouterr().err
+    assert command(main, "--nubmer", "1") == 2
+    parsing = capsys.readouterr()
+    if local_rank == "0":
+        assert interruption.startswith("interrupted: ") and "--nubmer" in parsing.err + parsing.out
+    else:
+        assert interruption + parsing.err + parsing.out == ""
 
 
 def test_an_interruption_says_how_to_go_on(command, capsys):
