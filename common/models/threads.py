@@ -14,8 +14,8 @@ def use_threads() -> str:
     """Sets torch's threads, unless OMP_NUM_THREADS has.
 
     Half of the cores, shared by the processes of this machine: all threads wait for the one whose core is
-    busy. Stage 1 of tiny-gemma on two cores: 25 steps/s with 1 thread and 6 with 2 while others used one core,
-    5 and 0.6 while they used both.
+    busy. Stage 1 of tiny-gemma on two cores: 25 steps/s with 1 thread and 6 with 2 while one core had other
+    work, 5 and 0.6 while both had.
 
     Returns:
         How many, in words.

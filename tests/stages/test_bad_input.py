@@ -450,7 +450,22 @@ def test_answers_that_are_not_finite_name_the_rows(world, teacher, tmp_path):
     assert_refused(words, "not finite for 1 comparisons, first pool/7-8", artifacts=tmp_path / "artifacts")
 
 
-# Launches, each in processes of its own
+# Launches, most in processes of their own
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("stage1", "tiny-gemma"),
+        ("stage2", "tiny-gemma"),
+        ("stage3", "tiny-gemma"),
+        ("pseudo_label",),
+        ("evaluate",),
+    ],
+)
+def test_every_stage_says_once_how_many_threads_it_has(tmp_path, words):
+    found = call(*words, "--artifacts", tmp_path, check=False)
+    assert found.status == 1 and found.stdout.count("the CPU computes with 1 thread a process\n") == 1
 
 
 def run(words, environment=None, launcher=()):
