@@ -1,10 +1,12 @@
 """The justfile picks the launch that fits machine and model."""
 
 import os
+import re
 import shutil
 import subprocess
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 from helpers import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("just") is None, reason="just is not on the PATH")
@@ -96,6 +98,20 @@ def test_labelling_and_evaluation_hold_replicas():
 def test_flags_reach_the_script(recipe, script):
     found = dry(recipe, "--artifacts", "elsewhere")
     assert f"python3 {script} " in found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_comments_of_a_configuration_name_what_there_is(path):
+    """In backticks or snake_case: keys, the justfile's variables, flags of accelerate, what a model has."""
+    text = path.read_text(encoding="utf-8")
+    there = set(re.findall(r"^ *(\w+):", text, re.MULTILINE))
+    there |= set(re.findall(r"^(\w+) :=", (ROOT / "justfile").read_text(encoding="utf-8"), re.MULTILINE))
+    there |= vars(launch_command_parser().parse_args(["x"])).keys()
+    model = (ROOT / "common/models/preference.py").read_text(encoding="utf-8")
+    there |= set(re.findall(r"self\.(\w+) =", model))
+    comments = " ".join(re.findall(r"#(.*)", text))
+    named = set(re.findall(r"`(\w+)`|\b(\w*[a-z]_\w+|_\w+)", comments))
+    assert {one or other for one, other in named} <= there
 
 
 def test_the_doctor_needs_no_set_up():
