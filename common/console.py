@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 LINE_INTERVAL_SECONDS = 15.0
-SECONDS_FIRST_WAITS, SECONDS_OTHERS_WAIT = 1, 3
+SECONDS_FIRST_WAITS, SECONDS_OTHERS_WAIT = 1, 5
 
 console = Console()
 if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -43,24 +43,36 @@ def clear_errors() -> Iterator[None]:
     that those whose failure may be another's, or the same, wait for that before they say anything.
     """
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    is_launched = "LOCAL_RANK" in os.environ
     who = f" (process {rank})" if rank else ""
+    if is_launched:
+        signal.signal(signal.SIGINT, _interrupt_once)
     try:
         yield
     except KeyboardInterrupt:
-        if "LOCAL_RANK" in os.environ:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes on the one that we have had
         if local_rank == 0:
             print("interrupted: start the same command again to continue", file=sys.stderr)
         sys.exit(130)
     except BaseException as error:
         is_mistake = isinstance(error, ValueError | OSError)  # OSError: a disk, a network, no defect of ours
-        if local_rank or ("LOCAL_RANK" in os.environ and not is_mistake):  # such as a lost connection
+        if local_rank or (is_launched and not is_mistake):  # such as a lost connection
             time.sleep(SECONDS_OTHERS_WAIT if local_rank else SECONDS_FIRST_WAITS)
-        if not is_mistake:
+        if is_mistake:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            print(f"error{who}: {kind}{error}", file=sys.stderr)
+        elif is_launched and not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        else:
             raise
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        print(f"error{who}: {kind}{error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        (os._exit if is_launched else sys.exit)(1)  # at once: tearing down may last until others have spoken
+
+
+def _interrupt_once(*_: object) -> None:
+    """A terminal interrupts every process, and the launcher then passes its own interruption on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def say(text: str) -> None:

@@ -80,51 +80,52 @@ def test_a_mistake_ends_with_one_line_and_status_1(command, capsys, error, line)
 
 
 @pytest.fixture
-def slept(monkeypatch):
-    """Seconds that were slept, in which a launcher would have ended this process."""
+def launched(monkeypatch):
+    """Makes this process one of several; returns the seconds that it slept, in which it may be ended."""
     seconds = []
     monkeypatch.setattr("time.sleep", seconds.append)
-    return seconds
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("signal.signal", lambda *what: None)
+
+    def launch(rank, local_rank):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        return seconds
+
+    return launch
 
 
 @pytest.mark.parametrize(
     ("rank", "local_rank", "error", "seconds", "said"),
     [
-        ("0", "0", ValueError("no"), [], "error: no\n"),
-        ("8", "0", ValueError("no"), [], "error (process 8): no\n"),  # the first of another machine
-        ("3", "3", ValueError("no"), [3], "error (process 3): no\n"),
-        ("3", "3", OSError("no"), [3], "error (process 3): OSError: no\n"),
-        ("0", "0", RuntimeError("connection lost"), [1], None),  # perhaps the failure of another
-        ("3", "3", RuntimeError("connection lost"), [3], None),
-        ("3", "3", SystemExit(2), [3], None),
+        ("0", "0", ValueError("no"), [], ["error: no"]),
+        ("8", "0", ValueError("no"), [], ["error (process 8): no"]),  # the first of another machine
+        ("3", "3", ValueError("no"), [5], ["error (process 3): no"]),
+        ("3", "3", OSError("no"), [5], ["error (process 3): OSError: no"]),
+        ("0", "0", RuntimeError("lost"), [1], ["Traceback", "RuntimeError: lost"]),  # by another's end?
+        ("3", "3", RuntimeError("lost"), [5], ["Traceback", "RuntimeError: lost"]),
+        ("3", "3", SystemExit(1), [5], []),
     ],
 )
 def test_of_several_processes_others_give_the_first_time_to_speak(
-    command, capsys, monkeypatch, slept, rank, local_rank, error, seconds, said
+    command, capsys, launched, rank, local_rank, error, seconds, said
 ):
     def main(args: Args) -> None:
         raise error
 
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    if isinstance(error, RuntimeError):
-        with pytest.raises(RuntimeError, match="connection lost"):
-            command(main)
-    else:
-        assert command(main) == (1 if said else 2)
-    assert slept == seconds and capsys.readouterr().err == (said or "")
+    slept = launched(rank, local_rank)
+    assert command(main) == 1 and slept == seconds
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(" ")]
+    assert [line.removesuffix(" (most recent call last):") for line in lines] == said
 
 
 @pytest.mark.parametrize("local_rank", ["0", "1"])
-def test_an_interruption_and_a_bad_flag_are_told_once(command, capsys, monkeypatch, slept, local_rank):
+def test_an_interruption_and_a_bad_flag_are_told_once(command, capsys, launched, local_rank):
     def main(args: Args) -> None:
         raise KeyboardInterrupt
 
-    ignored = []
-    monkeypatch.setattr("signal.signal", lambda *what: ignored.append(what))
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert command(main) == 130 and slept == []
-    assert ignored == [(signal.SIGINT, signal.SIG_IGN)], "a launcher passes the interruption on once more"
+    launched(local_rank, local_rank)
+    assert command(main) == 130
     interruption = capsys.readouterr().err
     assert command(main, "--nubmer", "1") == 2
     parsing = capsys.readouterr()
@@ -132,6 +133,26 @@ def test_an_interruption_and_a_bad_flag_are_told_once(command, capsys, monkeypat
         assert interruption.startswith("interrupted: ") and "--nubmer" in parsing.err + parsing.out
     else:
         assert interruption + parsing.err + parsing.out == ""
+
+
+def test_a_second_interruption_does_not_disturb_the_first(command, capsys, monkeypatch):
+    """The terminal interrupts every process, the launcher then once more."""
+
+    def main(args: Args) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            print("tidied")
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert command(main) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    found = capsys.readouterr()
+    assert found.out == "tidied\n" and found.err.startswith("interrupted: ")
 
 
 def test_an_interruption_says_how_to_go_on(command, capsys):
