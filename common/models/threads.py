@@ -34,5 +34,5 @@ def num_cores() -> int:
     for names in QUOTAS:
         with suppress(OSError, ValueError):  # no such file, or "max": no quota
             quota, period = map(int, " ".join((CGROUPS / name).read_text() for name in names).split())
-            cores = min(cores, max(1, quota // period)) if quota > 0 else cores
+            cores = min(cores, quota // period) if quota > 0 else cores
     return cores
