@@ -12,10 +12,11 @@ machine_rank := env("MACHINE_RANK", "0")
 main_ip := env("MAIN_IP", "127.0.0.1")
 main_port := env("MAIN_PORT", "29500")
 processes := if gpus == "0" { "1" } else if machines == "1" { gpus } else { shell('echo $(($1 * $2))', gpus, machines) }
-launch := python + " -m accelerate.commands.launch --num_processes " + processes + " --config_file accelerate_configs/"
-# One process needs no launcher, whose traceback would bury a clear error message
-launch_replicas := if processes == "1" { python } else { launch + "ddp.yaml" }
-rendezvous := if machines == "1" { "" } else { "--num_machines " + machines + " --machine_rank " + machine_rank + " --main_process_ip " + main_ip + " --main_process_port " + main_port }
+launch := python + " -m common.train.launcher --num_processes " + processes + " --config_file accelerate_configs/"
+# One process needs no launcher
+alone := if machines == "1" { python } else { "echo 'error: MACHINES=" + machines + ", but no GPU here; say how many: just gpus=8 ..., or unset MACHINES' >&2; exit 1;" }
+launch_replicas := if processes == "1" { alone } else { launch + "ddp.yaml" + rendezvous }
+rendezvous := if machines == "1" { "" } else { " --num_machines " + machines + " --machine_rank " + machine_rank + " --main_process_ip " + main_ip + " --main_process_port " + main_port }
 hybrid := if machines == "1" { ".yaml" } else { "_multinode.yaml --parallelism_config_dp_replicate_size " + machines + " --parallelism_config_dp_shard_size " + gpus }
 
 # List the jobs
@@ -122,4 +123,4 @@ doctor *args:
 
 [no-exit-message]
 _train stage model *args:
-    @{{ if processes == "1" { python } else if model =~ "^tiny" { launch_replicas } else if model != "gemma27b" { launch + "fsdp_9b.yaml" } else { launch + "fsdp_27b" + hybrid } }} {{rendezvous}} "stages/$1.py" "${@:2}"
+    @{{ if processes == "1" { alone } else if model =~ "^tiny" { launch_replicas } else if model != "gemma27b" { launch + "fsdp_9b.yaml" + rendezvous } else { launch + "fsdp_27b" + hybrid + rendezvous } }} "stages/$1.py" "${@:2}"

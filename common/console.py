@@ -1,6 +1,7 @@
 """What people see in the terminal: one command-line entry, progress, tables."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 LINE_INTERVAL_SECONDS = 15.0
+SECONDS_FIRST_WAITS, SECONDS_OTHERS_WAIT = 1, 5
 
 console = Console()
 if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -30,25 +32,47 @@ def cli(main: Callable[[Any], None], *, arguments: Any = None) -> None:
 
     kind = arguments if arguments is not None else next(iter(main.__annotations__.values()))
     with clear_errors():
-        main(tyro.cli(kind))
+        main(tyro.cli(kind, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0"))
 
 
 @contextmanager
 def clear_errors() -> Iterator[None]:
-    """Ends the process with one line and status 1 where the block raises for a user's mistake or a disk."""
-    rank = int(os.environ.get("RANK", "0"))
+    """Ends the process with one line and status 1 where the block raises for a user's mistake or a disk.
+
+    Of several processes on a machine one speaks: the launcher ends the others as soon as one has failed, so
+    that those whose failure may be another's, or the same, wait for that before they say anything.
+    """
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    is_launched = "LOCAL_RANK" in os.environ
     who = f" (process {rank})" if rank else ""
+    if is_launched:
+        signal.signal(signal.SIGINT, _interrupt_once)
     try:
         yield
-    except ValueError as error:
-        print(f"error{who}: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
-    except OSError as error:  # a disk, a network: nothing that a traceback of our code would explain
-        print(f"error{who}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: start the same command again to continue", file=sys.stderr)
+        if local_rank == 0:
+            print("interrupted: start the same command again to continue", file=sys.stderr)
         sys.exit(130)
+    except BaseException as error:
+        is_mistake = isinstance(error, ValueError | OSError)  # OSError: a disk, a network, no defect of ours
+        if local_rank or (is_launched and not is_mistake):  # such as a lost connection
+            time.sleep(SECONDS_OTHERS_WAIT if local_rank else SECONDS_FIRST_WAITS)
+        if is_mistake:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            print(f"error{who}: {kind}{error}", file=sys.stderr)
+        elif is_launched and not isinstance(error, SystemExit):
+            sys.excepthook(type(error), error, error.__traceback__)
+        else:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        (os._exit if is_launched else sys.exit)(1)  # at once: tearing down may last until others have spoken
+
+
+def _interrupt_once(*_: object) -> None:
+    """A terminal interrupts every process, and the launcher then passes its own interruption on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def say(text: str) -> None:

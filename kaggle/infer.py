@@ -29,7 +29,7 @@ from common.console import clear_errors, progress, say, show_table
 from common.data.table import LABELS, NUM_SHOWN, ORDERS, TEXTS, write_table
 from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
 from common.files import read_json
-from common.models import PreferenceModel, load_model
+from common.models import PreferenceModel, load_model, use_threads
 from common.prompts import Prompter
 from common.score.metrics import mirror, rescale
 from common.trained import open_prompter
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     ids, found = read_test(args.test)
     rows = [row for row, comparison in enumerate(found) if not isinstance(comparison, str)]
     comparisons, readable_ids = [found[row] for row in rows], [ids[row] for row in rows]
-    where = f"{', '.join(map(str, devices))} in {str(dtype).removeprefix('torch.')}"
+    where = f"{', '.join(map(str, devices))} in {str(dtype).removeprefix('torch.')}, {use_threads()}"
     say(f"{len(ids):,} rows, {len(rows):,} readable; computed on {where}")
     means, details = [], {"row": rows, "id": readable_ids}
     for entry in manifest["models"] if rows else ():

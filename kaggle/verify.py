@@ -30,7 +30,7 @@ from common.console import cli, say, show_table
 from common.data.table import LABELS, SCHEMA, swap
 from common.data.votes_csv import parse_texts, read_rows
 from common.files import file_hash, replacing, write_json
-from common.models import checkpoint_hash
+from common.models import checkpoint_hash, use_threads
 from common.score.predict import predict
 from common.tokens import tokenise
 from common.train.recipe import by_flags
@@ -120,6 +120,7 @@ def verify(bundle: Path, proof: Proof, artifacts: Path) -> None:
     for model in manifest["models"]:
         check_final(model)
     how = isolation()
+    say(f"the stages' answers are computed with {use_threads()}")
     with tempfile.TemporaryDirectory(prefix="verify-", dir="/tmp") as name:  # short: sockets have short names
         work = Path(name)
         wanted = manifest["requirements"]["libraries"] | manifest["requirements"]["kernel"]

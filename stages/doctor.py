@@ -194,7 +194,8 @@ def tell_driver() -> Iterator[dict]:
     if done.returncode and "no devices" not in said.lower():
         sys.exit(said.partition("\n")[0] or f"nvidia-smi: status {done.returncode}")
     rows = [line.rsplit(", ", 3) for line in said.splitlines() if ", " in line]
-    gpus = [(name, int(mib) * 2**20 / 1e9, float(capability)) for name, mib, capability, _ in rows]
+    sizes = (int(mib) * 2**20 / 1e9 if mib.isdecimal() else None for _, mib, *_ in rows)  # "[N/A]": shared
+    gpus = [(name, gb, float(capability)) for (name, _, capability, _), gb in zip(rows, sizes, strict=True)]
     yield {"gpus": gpus, "version": rows[0][3] if rows else ""}
 
 
@@ -281,7 +282,7 @@ def check_gpu(args: Args, answers: Answers) -> Iterator[Line]:
     yield Line("driver", bool(driver), text, DRIVER)
     if "torch" in answers["build"][0]:  # else the line "imports" says why
         yield judge_build(*answers["build"], len(gpus))
-    kinds = Counter(f"{name}, {gb:.0f} GB, capability {capability}" for name, gb, capability in gpus)
+    kinds = Counter(f"{name}, {in_gb(gb)}, capability {capability}" for name, gb, capability in gpus)
     text = "; ".join(f"{number} x {kind}" for kind, number in kinds.items())
     yield Line("GPUs", bool(gpus), text or "none", "a machine with NVIDIA GPUs; the demo needs none")
     if not gpus:
@@ -290,13 +291,18 @@ def check_gpu(args: Args, answers: Answers) -> Iterator[Line]:
     old = [name for name, _, capability in gpus if capability < 8]
     text = f"not on {old[0]}: capability below 8.0" if old else "capability 8.0 or newer"
     yield Line("bf16", not old, text, "GPUs of capability 8.0 or newer (A100, L4); others serve in fp16")
-    smallest_gb = min(gb for _, gb, _ in gpus)
+    smallest_gb = min((gb for _, gb, _ in gpus), key=lambda gb: gb or 0)
     for model in args.models:
         need_gb = NEEDS[model].gb_per_gpu(len(gpus))
-        enough = (n for n in range(1, 65) if NEEDS[model].gb_per_gpu(n) <= smallest_gb)
-        mend = f"{next(enough, 'more and larger')} GPUs of {smallest_gb:.0f} GB, or larger ones"
-        text = f"about {need_gb:.0f} GB on each of {len(gpus)}, {smallest_gb:.0f} GB there"
-        yield Line(f"memory for {model}", need_gb <= smallest_gb, text, mend)
+        enough = (n for n in range(1, 65) if NEEDS[model].gb_per_gpu(n) <= (smallest_gb or 0))
+        mend = f"{next(enough, 'more and larger')} GPUs of {in_gb(smallest_gb)}, or larger ones"
+        text = f"about {need_gb:.0f} GB on each of {len(gpus)}, {in_gb(smallest_gb)} there"
+        yield Line(f"memory for {model}", smallest_gb and need_gb <= smallest_gb, text, mend)
+
+
+def in_gb(gb: float | None) -> str:
+    """A GPU's memory for people."""
+    return "a memory that nvidia-smi does not tell" if gb is None else f"{gb:.0f} GB"
 
 
 def judge_build(build: dict, failure: str, num_gpus: int) -> Line:

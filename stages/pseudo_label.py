@@ -4,7 +4,7 @@ In    artifacts/stage1/<teacher>/ (all complete ones, or those named); the pool'
 Out   artifacts/pseudo/<teacher>/probabilities.parquet   by key, one column group an order
       artifacts/pseudo/ensemble/labels.parquet           every teacher's columns by key, then their mean
 Run   just pseudo-label
-      accelerate launch stages/pseudo_label.py --teachers artifacts/stage1/gemma9b --no-merge
+      just pseudo-label --teachers artifacts/stage1/gemma9b --no-merge
 
 Every process holds a full replica. A stopped run continues after the last whole shard, with the same result.
 """

@@ -2,6 +2,7 @@
 
 from common.models.checkpoint import checkpoint_hash, load_model, read_preference, save_checkpoint
 from common.models.preference import PreferenceModel
+from common.models.threads import use_threads
 from common.models.zoo import find_checkpoint
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "load_model",
     "read_preference",
     "save_checkpoint",
+    "use_threads",
 ]

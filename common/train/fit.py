@@ -42,6 +42,11 @@ def plan_steps(num_rows: int, recipe: Recipe) -> np.ndarray:
     return np.concatenate(epochs).reshape(-1, per_step)
 
 
+def num_never_taken(num_rows: int, recipe: Recipe) -> int:
+    """Comparisons that no step takes: in every epoch they fell into the last incomplete one."""
+    return num_rows - len(np.unique(plan_steps(num_rows, recipe)))
+
+
 def sequences_of(rows: np.ndarray, sequences: Sequences) -> np.ndarray:
     """Indices of all variants of the comparisons `rows`: they are trained on in the same step."""
     starts = np.searchsorted(sequences.row, rows, side="left")

@@ -12,13 +12,16 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, fsdp2_prep
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from common.console import say
+from common.models import use_threads
+
 BARRIER_TIMEOUT = timedelta(hours=6)  # other processes wait while the first one tokenises or writes
 
 
 def start(
     *, tracker: str = "none", tracker_folder: Path | None = None, replicas: bool = False
 ) -> Accelerator:
-    """Makes the Accelerator and refuses a launch that did not connect.
+    """Makes the Accelerator, sets the threads and refuses a launch that did not connect.
 
     Without a GPU, `accelerate launch` of a multi-process GPU configuration starts processes that each believe
     to be the only one and exit with 0 after overwriting each other's output: that is caught here.
@@ -65,6 +68,7 @@ def start(
             "this script computes with a full replica on every process; launch it with "
             "accelerate_configs/ddp.yaml (or single_gpu.yaml, cpu.yaml) instead of an FSDP configuration"
         )
+    say(f"the CPU computes with {use_threads()} a process")
     return accelerator
 
 

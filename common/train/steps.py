@@ -21,7 +21,7 @@ from common.runs import Run
 from common.score.metrics import prior_log_loss, score
 from common.score.predict import predict_orders
 from common.tokens import Sequences, orders_of, tokenise
-from common.train.fit import plan_steps
+from common.train.fit import num_never_taken, plan_steps
 from common.train.launch import is_fsdp, leave, place, start
 from common.train.recipe import Execution, Recipe, Training
 
@@ -144,6 +144,7 @@ def describe(title: str, recipe: Recipe, table: Recipe, sequences: Sequences, nu
         ("comparisons", f"{len(sequences.frame):,}"),
         ("sequences (formats x orders)", f"{len(sequences):,}"),
         ("optimiser steps", f"{len(plan_steps(len(sequences.frame), recipe)):,}"),
+        ("comparisons that no step takes", _lost(len(sequences.frame), recipe)),
         ("processes", num_processes),
         ("tokens an epoch", f"{int(lengths.sum()):,}"),
         ("tokens a sequence: mean, longest", f"{lengths.mean():,.0f}, {lengths.max():,}"),
@@ -151,6 +152,16 @@ def describe(title: str, recipe: Recipe, table: Recipe, sequences: Sequences, nu
         ("pairs that became identical", f"{int(sequences.became_identical.sum()):,}"),
     ]
     show_table("what this amounts to", ("", "number"), rows)
+
+
+def _lost(num_rows: int, recipe: Recipe) -> str:
+    """How many comparisons an incomplete last step loses, and the flag near the recipe's that loses least."""
+    lost, per_step = num_never_taken(num_rows, recipe), recipe.comparisons_per_step
+    reach = max(1, per_step // 10)
+    near = range(max(1, per_step - reach), min(num_rows, per_step + reach) + 1)
+    best = min(near, key=lambda size: (num_rows % size, abs(size - per_step)))
+    least = num_never_taken(num_rows, replace(recipe, comparisons_per_step=best))
+    return f"{lost:,}" + f"; with --comparisons-per-step {best}: {least:,}" * (least < lost)
 
 
 def load_and_place(parent: Parent, recipe: Recipe, *, ops: str, accelerator: Accelerator) -> nn.Module:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import signal
 import sys
 from dataclasses import dataclass
 
@@ -78,13 +79,80 @@ def test_a_mistake_ends_with_one_line_and_status_1(command, capsys, error, line)
     assert capsys.readouterr() == ("", line + "\n")
 
 
-def test_another_process_says_which_one_it_is(command, capsys, monkeypatch):
-    def main(args: Args) -> None:
-        raise ValueError("no")
+@pytest.fixture
+def launched(monkeypatch):
+    """Makes this process one of several; returns the seconds that it slept, in which it may be ended."""
+    seconds = []
+    monkeypatch.setattr("time.sleep", seconds.append)
+    monkeypatch.setattr("os._exit", sys.exit)
+    monkeypatch.setattr("signal.signal", lambda *what: None)
 
-    monkeypatch.setenv("RANK", "3")
-    assert command(main) == 1
-    assert capsys.readouterr().err == "error (process 3): no\n"
+    def launch(rank, local_rank):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        return seconds
+
+    return launch
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "error", "seconds", "said"),
+    [
+        ("0", "0", ValueError("no"), [], ["error: no"]),
+        ("8", "0", ValueError("no"), [], ["error (process 8): no"]),  # the first of another machine
+        ("3", "3", ValueError("no"), [5], ["error (process 3): no"]),
+        ("3", "3", OSError("no"), [5], ["error (process 3): OSError: no"]),
+        ("0", "0", RuntimeError("lost"), [1], ["Traceback", "RuntimeError: lost"]),  # by another's end?
+        ("3", "3", RuntimeError("lost"), [5], ["Traceback", "RuntimeError: lost"]),
+        ("3", "3", SystemExit(1), [5], []),
+    ],
+)
+def test_of_several_processes_others_give_the_first_time_to_speak(
+    command, capsys, launched, rank, local_rank, error, seconds, said
+):
+    def main(args: Args) -> None:
+        raise error
+
+    slept = launched(rank, local_rank)
+    assert command(main) == 1 and slept == seconds
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(" ")]
+    assert [line.removesuffix(" (most recent call last):") for line in lines] == said
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_an_interruption_and_a_bad_flag_are_told_once(command, capsys, launched, local_rank):
+    def main(args: Args) -> None:
+        raise KeyboardInterrupt
+
+    launched(local_rank, local_rank)
+    assert command(main) == 130
+    interruption = capsys.readouterr().err
+    assert command(main, "--nubmer", "1") == 2
+    parsing = capsys.readouterr()
+    if local_rank == "0":
+        assert interruption.startswith("interrupted: ") and "--nubmer" in parsing.err + parsing.out
+    else:
+        assert interruption + parsing.err + parsing.out == ""
+
+
+def test_a_second_interruption_does_not_disturb_the_first(command, capsys, monkeypatch):
+    """The terminal interrupts every process, the launcher then once more."""
+
+    def main(args: Args) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            print("tidied")
+
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert command(main) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    found = capsys.readouterr()
+    assert found.out == "tidied\n" and found.err.startswith("interrupted: ")
 
 
 def test_an_interruption_says_how_to_go_on(command, capsys):

@@ -78,6 +78,7 @@ def test_malformed_rows_get_the_prior_and_are_counted(built, tmp_path, capsys):
     assert np.allclose(answers[:5], [0.4, 0.35, 0.25]) and not np.allclose(answers[5], [0.4, 0.35, 0.25])
     assert np.array_equal(answers[5], answers[6])
     said = capsys.readouterr().out
+    assert "computed on cpu in float32, 1 thread\n" in said
     for reason in (
         "malformed JSON",
         "wrong number of cells",

@@ -276,11 +276,12 @@ def test_submit_is_up_to_date_until_something_changes(verified, monkeypatch, cap
     assert len(verifications) == 3
 
 
-def test_submit_keeps_the_last_good_bundle_where_the_new_one_fails(verified, run_verify):
+def test_submit_keeps_the_last_good_bundle_where_the_new_one_fails(verified, run_verify, capsys):
     before = json.dumps(read_verification(verified / "bundle"))
     args = submission(verified, verified / "test.csv", weights=(1.0, 3.0))
     with pytest.raises(ValueError, match="probabilities within 0 of the stages'"):
         submit.main(replace(args, proof=replace(args.proof, tolerance=0.0)))
+    assert "answers are computed with 1 thread\n" in capsys.readouterr().out
     assert json.dumps(read_verification(verified / "bundle")) == before
     read_bundle(verified / "bundle")
     with pytest.raises(ValueError, match="was not verified"):

@@ -39,7 +39,7 @@ def command(launch: str, *arguments: object) -> tuple[list[str], dict[str, str]]
         ]
         return [sys.executable, *torchrun, *words], BASE | {"ACCELERATE_USE_CPU": "true"}
     config, processes = launch.split(":")
-    accelerate = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
+    accelerate = ["-m", "common.train.launcher", "--config_file", f"accelerate_configs/{config}"]
     shape = ["--num_processes", processes, "--num_machines", "1", "--main_process_port", str(free_port())]
     if "multinode" in config:
         shape += ["--parallelism_config_dp_replicate_size", "2"]

@@ -450,7 +450,22 @@ def test_answers_that_are_not_finite_name_the_rows(world, teacher, tmp_path):
     assert_refused(words, "not finite for 1 comparisons, first pool/7-8", artifacts=tmp_path / "artifacts")
 
 
-# Launches, each in processes of its own
+# Launches, most in processes of their own
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("stage1", "tiny-gemma"),
+        ("stage2", "tiny-gemma"),
+        ("stage3", "tiny-gemma"),
+        ("pseudo_label",),
+        ("evaluate",),
+    ],
+)
+def test_every_stage_says_once_how_many_threads_it_has(tmp_path, words):
+    found = call(*words, "--artifacts", tmp_path, check=False)
+    assert found.status == 1 and found.stdout.count("the CPU computes with 1 thread a process\n") == 1
 
 
 def run(words, environment=None, launcher=()):
@@ -488,14 +503,21 @@ def test_a_process_ends_with_one_line_and_a_status(world, tmp_path, environment,
 
 
 @needs_no_gpu
-def test_an_unconnected_launch_of_several_processes(world, tmp_path):
+@pytest.mark.parametrize(
+    ("is_connected", "expected"),
+    [
+        (False, "the launch started 2 processes, but this one sees 1"),
+        (True, "nowhere.parquet does not exist"),
+    ],
+)
+def test_several_processes_end_with_one_line_and_a_status(world, tmp_path, is_connected, expected):
     """Without a GPU, Accelerate starts two processes that do not know of each other, with status 0."""
+    words = stage1(world, tmp_path / "artifacts", votes=tmp_path / "nowhere.parquet")
     config = ("--config_file", "accelerate_configs/ddp.yaml", "--num_processes", "2")
-    launcher = ("-m", "accelerate.commands.launch", *config, "--main_process_port", str(free_port()))
-    found = run(stage1(world, tmp_path / "artifacts"), launcher=launcher)
-    assert found.returncode != 0
-    assert "the launch started 2 processes, but this one sees 1" in found.stderr
-    assert 'stages/stage1.py", line' not in found.stderr, (
-        "no traceback of ours; the launcher's own is its own"
-    )
+    launcher = ("-m", "common.train.launcher", *config, "--main_process_port", str(free_port()))
+    shim = ("tests/shim.py",) if is_connected else ()
+    found = run(words, {"ACCELERATE_TORCH_DEVICE": "cpu"}, launcher=(*launcher, *shim))
+    assert found.returncode == 1
+    [line] = found.stderr.splitlines()
+    assert line.startswith("error: ") and expected in line
     assert not (tmp_path / "artifacts").exists()

@@ -98,6 +98,19 @@ def test_gpus_are_read(tmp_path, monkeypatch):
     }
 
 
+def test_a_gpu_whose_memory_is_not_told_is_neither_enough_nor_missing(tmp_path, monkeypatch):
+    """What nvidia-smi says of GPUs that share the machine's memory."""
+    put_nvidia_smi(
+        tmp_path, monkeypatch, "NVIDIA GB10, [N/A], 12.1, 580.1\\nNVIDIA A100, 81920, 8.0, 580.1\\n"
+    )
+    (facts,) = doctor.tell_driver()
+    assert [gb for _, gb, _ in facts["gpus"]] == [None, 81920 * 2**20 / 1e9]
+    for gpus in (facts["gpus"], facts["gpus"][:1]):
+        lines = by_check(doctor.check_gpu, machine(driver=({"gpus": gpus, "version": "580.1"}, "")))
+        assert "1 x NVIDIA GB10, a memory that nvidia-smi does not tell" in lines["GPUs"].found
+        assert lines["memory for gemma9b"].is_fine is None and "not tell" in lines["memory for gemma9b"].found
+
+
 @pytest.mark.parametrize(
     ("rows", "status", "failure"),
     [
