@@ -20,7 +20,7 @@ from common.data.sources import Raw, check_raw, column_names, open_raw
 from common.data.sources.find import RawFile, fetch, find_raw
 from common.data.sources.made import check_output, made_of, without_prompts, write_made
 from common.data.sources.votes import COLUMNS, MODELS, id_order, to_comparisons
-from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, reading
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, WINNERS, ReadReport, reading
 from common.runs import is_made
 
 SOURCE = "arena33k"
@@ -32,8 +32,6 @@ ORIGINAL = {
     "conversation_a": chats.MESSAGES,
     "conversation_b": chats.MESSAGES,
 }
-WINNERS = {"model_a": 0, "model_b": 1, "tie": 2, "tie (bothbad)": 2}
-"""What the original votes say -> index of `LABELS`."""
 OTHER_USER_TURNS = "user turns differ between A and B"
 REPEATED_PROMPT = "prompt stands in an earlier vote"
 
