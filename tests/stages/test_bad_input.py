@@ -283,7 +283,7 @@ def test_no_bad_row_passes_and_skipped_ones_are_listed(world, tmp_path):
         (lambda labels: labels.with_columns(winner_tie=pl.lit(None, pl.Float32)), "60 of 60 .* have none"),
         (
             lambda labels: labels.with_columns(winner_tie=pl.lit(0.9)),
-            r"labels of 60 .* no probabilities.*0\.8999",
+            r"labels of 60 .* no probabilities.*0\.9",
         ),
         (lambda labels: labels.with_columns(winner_tie=pl.lit(float("nan"))), "no probabilities.*nan"),
         (lambda labels: None, r"Run stages/pseudo_label\.py"),
