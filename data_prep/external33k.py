@@ -24,6 +24,7 @@ from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, WINNERS, R
 from common.runs import is_made
 
 SOURCE = "arena33k"
+HUB_ID = "lmsys/chatbot_arena_conversations"
 DEDUPLICATED = COLUMNS | dict.fromkeys(LABELS, pl.Float64())
 ORIGINAL = {
     "question_id": pl.String(),
@@ -42,7 +43,7 @@ class Args:
 
     input: tuple[str, ...] = ()
     """Parquet, CSV or JSON lines files (also .gz, .zst), folders of them, or hub ids OWNER/NAME; none:
-    data/lmsys-33k-deduplicated.csv, or else data/chatbot_arena_conversations."""
+    data/lmsys-33k-deduplicated.csv, or else data/chatbot_arena_conversations, or else the hub."""
     output: Path = Path("artifacts/data/arena33k.parquet")
     """Comparison Parquet to write."""
     exclude: tuple[Path, ...] = ()
@@ -59,7 +60,7 @@ class Args:
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         published = find_raw(Path("data"), "lmsys-33k-deduplicated", "chatbot_arena_conversations")
-        files = fetch(args.input or (str(published or "data/lmsys-33k-deduplicated.csv"),), Path(folder))
+        files = fetch(args.input or (str(published or HUB_ID),), Path(folder))
         wanted = made_of(files, {}, args.exclude, script=__file__)
         if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return

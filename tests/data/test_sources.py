@@ -233,6 +233,16 @@ def test_a_hub_set_that_holds_a_script_runs_nothing(tmp_path, monkeypatch):
     assert asked == {"split": "train", "trust_remote_code": False}
 
 
+def test_a_cache_that_is_full_is_no_fault_of_the_hub(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "/cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(ValueError, match=r"owner/name was not kept: .*No space left.*HF_HOME") as caught:
+        _from_hub("owner/name", tmp_path / "x.parquet")
+    assert "licence" not in str(caught.value)
+
+
 def test_whole_numbers_become_text_and_absent_columns_null(tmp_path):
     pl.DataFrame({"id": [2**40], "turns": [["a"]]}).write_parquet(tmp_path / "a.parquet")
     assert opened(tmp_path / "a.parquet", tmp_path)[0].row(0)[:3] == (str(2**40), ["a"], None)
