@@ -12,7 +12,7 @@ from helpers import ROOT, make_comparisons
 from common.data.table import LABELS, labels_array
 from common.files import read_json, write_json
 from common.score.calibration import fit_weights
-from common.score.ensemble import group_keys, make_groups, read_table, score_groups, slices
+from common.score.ensemble import given_hash, group_keys, make_groups, read_table, score_groups, slices
 from common.score.metrics import rescale
 from stages.evaluate import checkpoint_prior
 
@@ -294,6 +294,62 @@ def test_flags_that_do_not_fit_the_models(done, tmp_path, words, status, expecte
     found = evaluate(tmp_path, done[1], *words, check=False)
     assert found.status == status and expected in re.sub(r"[\s│]+", " ", found.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def resaved(folder, change):
+    """The table of `done` under another name, in another form, in another order."""
+    frame = table()
+    match change:
+        case "moved":
+            frame.write_csv(folder / "elsewhere.CSV")
+        case "parquet":
+            frame.write_parquet(folder / "x.parquet", compression="uncompressed")
+        case "gzip":
+            frame.write_csv(folder / "x.csv.gz", compression="gzip")
+        case "jsonl":
+            frame.write_ndjson(folder / "x.jsonl")
+        case "row order":
+            frame.sample(fraction=1, shuffle=True, seed=1).write_csv(folder / "x.csv")
+        case "categories":
+            frame.cast({"label": pl.Categorical, "id": pl.Int32}).write_parquet(folder / "x.parquet")
+        case "words":
+            words = {"a": "model_a", "b": "model_b", "tie": "both_bad"}
+            frame.with_columns(pl.col("label").replace(words)).write_csv(folder / "x.csv")
+        case "truths":
+            votes = [(pl.col("label") == word).alias(name) for word, name in zip(WORDS, LABELS, strict=True)]
+            frame.with_columns(votes).drop("label").write_parquet(folder / "x.parquet")
+    [path] = folder.iterdir()
+    return path
+
+
+CHANGES = ("moved", "parquet", "gzip", "jsonl", "row order", "categories", "words", "truths")
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_equal_tables_are_the_same_evaluation(done, tmp_path, change):
+    """Whatever the file's name, place and form: the finished evaluation is up to date, weights and scaling too."""
+    folder, first, words, _ = done
+    path, calibration = resaved(tmp_path, change), folder / "evaluate/evaluation/calibration.json"
+    before = snapshot(folder / "evaluate")
+    found = evaluate(folder, path, *words[:3], "--calibrate").stdout
+    assert found.count("is up to date") == 2 and snapshot(folder / "evaluate") == before
+    assert given_hash(*read_table(path)) == given_hash(*read_table(first))
+    keys = [sorted(group_keys(read_table(file)[0])) for file in (path, first)]
+    assert keys[0] == keys[1] and "[[" not in calibration.read_text()[:1]
+
+
+@pytest.mark.parametrize("column", ["id", "label", "gemma_a", "source"])
+def test_another_table_is_another_evaluation(done, column):
+    frame, first = table(), given_hash(*read_table(done[1]))
+    swap = {"gemma_a": "gemma_b", "gemma_b": "gemma_a"}
+    other = {
+        "id": lambda: frame.with_columns(pl.col("id").replace("7", "seven")),
+        "label": lambda: frame.with_columns(pl.col("label").replace({"a": "b"})),
+        "gemma_a": lambda: frame.rename(swap),
+        "source": lambda: frame.with_columns(source=pl.lit("theirs")),
+    }[column]()
+    other.write_csv(done[0] / "other.csv")
+    assert given_hash(*read_table(done[0] / "other.csv")) != first
 
 
 @pytest.mark.parametrize("orders", [("given",), ("swapped",), ("given", "swapped")])
