@@ -284,9 +284,7 @@ def test_without_tables_a_script_says_how_to_make_the_first(tmp_path, script):
         ("pseudo_label", "preference_sets", "lmsys1m_pairs", "nowhere is not a folder"),
     ],
 )
-def test_a_default_table_that_is_not_there_is_left_out_and_named(
-    world, tmp_path, script, there, absent, next_fault
-):
+def test_an_absent_default_table_is_left_out_and_named(world, tmp_path, script, there, absent, next_fault):
     """It goes on: what it then lacks is the checkpoint."""
     (tmp_path / "data").mkdir()
     shutil.copy(world / "votes.parquet", tmp_path / f"data/{there}.parquet")

@@ -25,9 +25,8 @@ from stages.stage2 import join_labels
 
 VOTES = make_comparisons(200)
 NAMES = [f"{group}/{label}" for group in ("m/given", "m/mean", "ensemble") for label in LABELS]
-ANSWERS = VOTES.select("source", "id", *LABELS).with_columns(
-    pl.lit(1 / 3, pl.Float32).alias(name) for name in NAMES
-)
+THIRDS = [pl.lit(1 / 3, pl.Float32).alias(name) for name in NAMES]
+ANSWERS = VOTES.select("source", "id", *LABELS).with_columns(THIRDS)
 
 
 @pytest.fixture(params=["a[1]*?", "[ab]", "x=1"])
