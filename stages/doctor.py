@@ -65,7 +65,7 @@ WEIGHTS = {  # what keeps a model's weights away: what mends it
     REFUSED: "accept the licence at https://huggingface.co/{0}, then: hf auth login",
 }
 COMPETITION = "kaggle competitions download -c lmsys-chatbot-arena -p {0} && unzip -d {0} {0}/lmsys*.zip"
-EXTERNAL = "put lmsys-33k-deduplicated.csv into {0} (docs/data.md says where it is published)"
+EXTERNAL = "put lmsys-33k-deduplicated.csv into {0} (docs/data.md says what takes its place)"
 RAW = {  # raw file: the table made of it, what needs them, what brings the raw file
     "train.csv": ("arena55k.parquet", "training", COMPETITION),
     "lmsys-33k-deduplicated.csv": ("arena33k.parquet", "training", EXTERNAL),
