@@ -20,6 +20,7 @@ import polars as pl
 
 from common.console import cli, say, show_table
 from common.data.chats import assistant_turns, user_turns
+from common.data.table import scan
 
 SCRIPT = Path(__file__).resolve().parents[1] / "data_prep" / "lmsys1m_pairs.py"
 ROWS_PER_FILE = 50_000
@@ -86,7 +87,7 @@ def run_ours(folder: Path) -> tuple[int, float, str]:
         raise ValueError(f"{SCRIPT.name} ended with status {done.returncode}: {done.stderr.strip()}")
     seconds, peak = map(float, done.stdout.split())
     unit = 1 if sys.platform == "darwin" else 1024
-    num_pairs = pl.scan_parquet(output).select(pl.len()).collect().item()
+    num_pairs = scan(output).select(pl.len()).collect().item()
     return num_pairs, seconds, f"{peak * unit / 1e9:.2f}"
 
 
@@ -94,7 +95,7 @@ def scan_per_prompt(folder: Path) -> tuple[int, float, None]:
     """Pairs and seconds of the plain way; the table in memory, reading not counted."""
     chat = "conversation"
     turns = {"prompt": user_turns(chat).list.join("\0"), "reply": assistant_turns(chat).list.join("\0")}
-    table = pl.read_parquet(folder / "*.parquet").select("model", **turns)
+    table = scan(sorted(folder.glob("*.parquet"))).select("model", **turns).collect()
     began = time.perf_counter()
     table = table.unique(["prompt", "reply"], maintain_order=True)
     num_pairs = 0

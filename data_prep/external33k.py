@@ -20,10 +20,11 @@ from common.data.sources import Raw, check_raw, column_names, open_raw
 from common.data.sources.find import RawFile, fetch, find_raw
 from common.data.sources.made import check_output, made_of, without_prompts, write_made
 from common.data.sources.votes import COLUMNS, MODELS, id_order, to_comparisons
-from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, reading
+from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, WINNERS, ReadReport, reading
 from common.runs import is_made
 
 SOURCE = "arena33k"
+HUB_ID = "lmsys/chatbot_arena_conversations"
 DEDUPLICATED = COLUMNS | dict.fromkeys(LABELS, pl.Float64())
 ORIGINAL = {
     "question_id": pl.String(),
@@ -32,8 +33,6 @@ ORIGINAL = {
     "conversation_a": chats.MESSAGES,
     "conversation_b": chats.MESSAGES,
 }
-WINNERS = {"model_a": 0, "model_b": 1, "tie": 2, "tie (bothbad)": 2}
-"""What the original votes say -> index of `LABELS`."""
 OTHER_USER_TURNS = "user turns differ between A and B"
 REPEATED_PROMPT = "prompt stands in an earlier vote"
 
@@ -44,7 +43,7 @@ class Args:
 
     input: tuple[str, ...] = ()
     """Parquet, CSV or JSON lines files (also .gz, .zst), folders of them, or hub ids OWNER/NAME; none:
-    data/lmsys-33k-deduplicated.csv, or else data/chatbot_arena_conversations."""
+    data/lmsys-33k-deduplicated.csv, or else data/chatbot_arena_conversations, or else the hub."""
     output: Path = Path("artifacts/data/arena33k.parquet")
     """Comparison Parquet to write."""
     exclude: tuple[Path, ...] = ()
@@ -61,7 +60,7 @@ class Args:
 def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         published = find_raw(Path("data"), "lmsys-33k-deduplicated", "chatbot_arena_conversations")
-        files = fetch(args.input or (str(published or "data/lmsys-33k-deduplicated.csv"),), Path(folder))
+        files = fetch(args.input or (str(published or HUB_ID),), Path(folder))
         wanted = made_of(files, {}, args.exclude, script=__file__)
         if is_made(args.output, wanted, overwrite=args.overwrite, skip_bad_rows=args.skip_bad_rows):
             return

@@ -23,7 +23,17 @@ from common.data import chats
 from common.data.sources import Raw, open_raw
 from common.data.sources.find import fetch, find_raw
 from common.data.sources.made import EXCLUDED, JOINED, check_output, made_of, prompt_keys, write_made
-from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, TEXTS, ReadReport, check_report, reading
+from common.data.table import (
+    LABELS,
+    REJECTED_SCHEMA,
+    SCHEMA,
+    TEXTS,
+    ReadReport,
+    check_report,
+    reading,
+    scan,
+    writing_scratch,
+)
 from common.runs import is_made
 
 SOURCE = "lmsys1m"
@@ -227,6 +237,8 @@ def gather(frame: pl.LazyFrame, chosen: pl.DataFrame, scratch: Path) -> pl.DataF
     # Without build_side the texts of all rows may become the hash table. By way of a file, because in memory
     # each chosen text would keep alive the buffer of all that were read with it.
     file = scratch / "texts.parquet"
+    with writing_scratch():
+        file.touch()  # within the plan, a failure to do so would look like one of what it reads
     (
         rows.join(chosen.lazy(), on="index", build_side="force_right")
         .select(
@@ -236,7 +248,7 @@ def gather(frame: pl.LazyFrame, chosen: pl.DataFrame, scratch: Path) -> pl.DataF
         )
         .sink_parquet(file, compression="lz4", row_group_size=2000, maintain_order=False)
     )
-    texts = pl.read_parquet(file, glob=False)
+    texts = scan(file).collect()
     first = texts.filter("is_a").drop("is_a").rename({"model": "model_a", "response": "response_a"})
     second = texts.filter(~pl.col("is_a")).select(
         "pair", other="conversation_id", model_b="model", response_b="response"

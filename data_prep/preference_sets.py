@@ -22,7 +22,7 @@ import polars as pl
 from common.console import cli
 from common.data import chats
 from common.data.sources import PLACES, Raw, check_raw, open_raw
-from common.data.sources.find import PREFERENCE_SETS, RawFile, fetch, find_raw
+from common.data.sources.find import ENDING, PREFERENCE_SETS, RawFile, fetch, find_raw
 from common.data.sources.made import check_output, made_of, without_prompts, write_made
 from common.data.table import LABELS, REJECTED_SCHEMA, SCHEMA, ReadReport, reading
 from common.runs import is_made
@@ -89,7 +89,7 @@ def source_of(name: str) -> tuple[str, str]:
     given = re.fullmatch(r"([\w.-]+)=(.+)", name)
     if given and not Path(name).exists():
         return given[1], given[2]
-    stem = re.sub(r"(\.(parquet|csv|jsonl|ndjson|json))?(\.(gz|zst))?$", "", Path(name).resolve().name)
+    stem = ENDING.sub("", Path(name).resolve().name)
     return next((short for short, hub in PREFERENCE_SETS.items() if hub.split("/")[1] == stem), stem), name
 
 

@@ -22,6 +22,7 @@ import polars as pl
 
 from common.console import cli, say, show_table
 from common.data.sources.find import PREFERENCE_SETS, find_raw
+from common.data.table import scan
 from common.runs import manifest_path
 
 FOLDER = Path(__file__).resolve().parent
@@ -104,7 +105,7 @@ def main(args: Args) -> None:
         raise ValueError(f"{args.data} holds none of {names}; docs/data.md says where they are published")
     there = {name: table for name, table in tables.items() if table.is_file()}
     run("summary.py", "--output", output, "--input", *there.values())
-    counts = {name: f"{pl.scan_parquet(t).select(pl.len()).collect().item():,}" for name, t in there.items()}
+    counts = {name: f"{scan(t).select(pl.len()).collect().item():,}" for name, t in there.items()}
     rows = [(name, counts.get(name), states.get(name, "raw files missing")) for name in tables]
     show_table(f"{output}", ("table", "comparisons", "state"), rows)
 

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import polars as pl
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from bundle_manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manifest
 from common.console import cli, say, show_table
-from common.data.table import LABELS, Order, is_labelled, labels_array
+from common.data.table import LABELS, Order, is_labelled, labels_array, scan
 from common.files import file_hash, read_json, replacing_folder, write_json
 from common.models import checkpoint_hash, load_model, save_checkpoint
 from common.prompts import load_tokenizer
@@ -260,7 +259,7 @@ def fit_weights(models: list[dict], evaluation: Path) -> None:
     path = evaluation / "probabilities.parquet"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; make it with just evaluate --name {evaluation.name}")
-    table = pl.read_parquet(path).filter(is_labelled())
+    table = scan(path).filter(is_labelled()).collect()
     groups = [contributed(model["name"], model["order"]) for model in models]
     for group in groups:
         if f"{group}/{LABELS[0]}" not in table.columns:

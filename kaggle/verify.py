@@ -27,7 +27,7 @@ import torch
 from bundle import ROOT
 from bundle_manifest import MANIFEST, VERIFICATION, read_bundle, seal
 from common.console import cli, say, show_table
-from common.data.table import LABELS, SCHEMA, swap
+from common.data.table import LABELS, SCHEMA, scan, swap
 from common.data.votes_csv import parse_texts, read_rows
 from common.files import file_hash, replacing, write_json
 from common.models import checkpoint_hash, use_threads
@@ -263,7 +263,7 @@ def compare_with_stages(
     The stages' way, and no line of the notebook's: rows through the token cache, a swapped order as the
     swapped table, columns put back by hand, the mean and the scaling written out.
     """
-    details = pl.read_parquet(details_path)
+    details = scan(details_path).collect()
     details = details.gather_every(max(1, len(details) // proof.sample_rows)).head(proof.sample_rows)
     frame = sample_frame(csv_path, details["row"].to_list())
     differing, total = [], np.zeros((len(frame), len(LABELS)))

@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from common.console import cli, say, show_table
-from common.data.table import LABELS, labels_array, read_comparisons, write_comparisons
+from common.data.table import LABELS, labels_array, read_comparisons, scan, write_comparisons
 from common.files import file_hash, read_json, write_json
 from common.runs import Run, code_hash
 from common.score.metrics import log_loss, prior_log_loss
@@ -185,7 +185,7 @@ def known_floor(truth: Path, scored: pl.DataFrame) -> float | None:
     """Log loss of the true probabilities on the votes that were drawn from them; None for real votes."""
     if not truth.is_file():
         return None
-    table = scored.select("id").join(pl.read_parquet(truth), on="id", how="left", maintain_order="left")
+    table = scored.select("id").join(scan(truth).collect(), on="id", how="left", maintain_order="left")
     return float(log_loss(np.asarray(table.select(LABELS).to_numpy()), labels_array(scored)))
 
 

@@ -39,6 +39,7 @@ try:
     from rich.text import Text
 
     from common.console import cli, console, say
+    from common.data.table import scan
 except ImportError as error:  # of all scripts, this one must say what to do
     sys.exit(
         f"error: Python {sys.version.split()[0]} ({sys.executable}) cannot import {error.name or error}. "
@@ -64,7 +65,7 @@ WEIGHTS = {  # what keeps a model's weights away: what mends it
     REFUSED: "accept the licence at https://huggingface.co/{0}, then: hf auth login",
 }
 COMPETITION = "kaggle competitions download -c lmsys-chatbot-arena -p {0} && unzip -d {0} {0}/lmsys*.zip"
-EXTERNAL = "put lmsys-33k-deduplicated.csv into {0} (docs/data.md says where it is published)"
+EXTERNAL = "put lmsys-33k-deduplicated.csv into {0} (docs/data.md says what takes its place)"
 RAW = {  # raw file: the table made of it, what needs them, what brings the raw file
     "train.csv": ("arena55k.parquet", "training", COMPETITION),
     "lmsys-33k-deduplicated.csv": ("arena33k.parquet", "training", EXTERNAL),
@@ -394,7 +395,7 @@ def judge_file(path: Path, purpose: str, fetch: str, again: str) -> Line:
     """Number of rows, or why it is not known; `fetch` brings an absent file, `again` a damaged one."""
     try:
         if path.suffix == ".parquet":
-            rows = pl.scan_parquet(path, glob=False).select(pl.len()).collect().item()
+            rows = scan(path).select(pl.len()).collect().item()
         else:
             rows = pl.read_csv(path, infer_schema=False, glob=False).height
         return Line(path.name, rows > 0, f"{rows:,} rows", again, purpose)

@@ -23,9 +23,9 @@ import polars as pl
 from accelerate import Accelerator
 
 from common.console import cli, say, show_table
-from common.data.held_out import Seen, load_comparisons, without_seen
-from common.data.table import LABELS, ORDERS, Order, is_labelled, labels_array, table_hash, write_table
-from common.files import file_hash, read_json, write_json
+from common.data.held_out import Seen, default_tables, load_comparisons, without_seen
+from common.data.table import LABELS, ORDERS, Order, is_labelled, labels_array, scan, table_hash, write_table
+from common.files import read_json, write_json
 from common.models import checkpoint_hash
 from common.runs import Run, find_complete
 from common.score import ensemble
@@ -48,7 +48,8 @@ class Args:
     comparisons: tuple[Path, ...] = ()
     """Comparison tables; by default arena55k.parquet below <artifacts>/data."""
     table: Path | None = None
-    """In place of these: a Parquet or CSV of id, label (a, b, tie) and each model's x_a, x_b, x_tie."""
+    """In place of these: a Parquet, CSV or JSON lines file of id, label (a, b, tie) and each model's x_a,
+    x_b, x_tie."""
     fold: int | None = None
     """Only this fold; by default fold 0 of the default comparisons, and all of named ones."""
     weights: tuple[float, ...] = ()
@@ -102,7 +103,7 @@ def main(args: Args) -> None:
         inputs={
             "checkpoints": [checkpoint_hash(path) for path in checkpoints.values()],
             "probabilities": [],  # says nothing any more, but finished evaluations hold it
-            "comparisons": table_hash(frame) if args.table is None else file_hash(args.table),
+            "comparisons": table_hash(frame) if args.table is None else ensemble.given_hash(frame, given),
         },
     )
     if run.is_complete:
@@ -171,7 +172,7 @@ def check_calibration(args: Args, frame: pl.DataFrame) -> None:
 def find_comparisons(args: Args, checkpoints: tuple[Path, ...]) -> pl.DataFrame:
     """The comparisons to score, in the order of their files: of the fold, and not seen in training."""
     artifacts = args.execution.artifacts
-    paths = args.comparisons or (artifacts / "data/arena55k.parquet",)
+    paths = args.comparisons or default_tables(artifacts, "arena55k")
     frame = load_comparisons(paths, artifacts=artifacts, skip_bad_rows=args.execution.skip_bad_rows)
     fold = 0 if args.fold is None and not args.comparisons else args.fold
     if fold is not None:
@@ -259,7 +260,7 @@ def find_calibration(run: Run, frame: pl.DataFrame) -> dict[str, object]:
     if path.is_file():
         say(f"{path} is up to date")
         return read_json(path)
-    table = pl.read_parquet(run.folder / "probabilities.parquet").filter(is_labelled())
+    table = scan(run.folder / "probabilities.parquet").filter(is_labelled()).collect()
     frame = frame.filter(is_labelled())
     assert table.select("source", "id").equals(frame.select("source", "id")), "the inputs' hash says so"
     labels, keys = labels_array(table), ensemble.group_keys(frame)
@@ -342,9 +343,8 @@ def write_submission(path: Path, probabilities: Path, frame: pl.DataFrame) -> No
     """Writes id and the ensemble's three probabilities, each row summing to 1, in the order of `frame`."""
     if frame["id"].is_duplicated().any():
         raise ValueError("a submission needs unique ids; the comparisons come from sources that share some")
-    answers = pl.read_parquet(probabilities).select(
-        "id", *(pl.col(f"{ENSEMBLE}/{label}").cast(pl.Float64).alias(label) for label in LABELS)
-    )
+    columns = (pl.col(f"{ENSEMBLE}/{label}").cast(pl.Float64).alias(label) for label in LABELS)
+    answers = scan(probabilities).select("id", *columns).collect()
     total = pl.sum_horizontal(LABELS)
     table = frame.select("id").join(answers, on="id", how="left", maintain_order="left", validate="1:1")
     write_table(table.with_columns(pl.col(label) / total for label in LABELS), path)

@@ -16,8 +16,8 @@ import polars as pl
 from accelerate import Accelerator
 
 from common.console import cli, progress, say
-from common.data.held_out import Seen, load_comparisons, without_seen
-from common.data.table import LABELS, ORDERS, Order, table_hash, write_table
+from common.data.held_out import Seen, default_tables, load_comparisons, without_seen
+from common.data.table import LABELS, ORDERS, Order, scan, table_hash, write_table
 from common.files import file_hash
 from common.models import checkpoint_hash
 from common.runs import Run, find_complete
@@ -37,7 +37,8 @@ class Args:
     teachers: tuple[Path, ...] = ()
     """Checkpoint folders; by default every complete one in <artifacts>/stage1."""
     comparisons: tuple[Path, ...] = ()
-    """The pool; by default lmsys1m_pairs.parquet and preference_sets.parquet below <artifacts>/data."""
+    """The pool; by default those of lmsys1m_pairs.parquet and preference_sets.parquet below <artifacts>/data
+    that are there."""
     output: Path | None = None
     """By default <artifacts>/pseudo."""
     orders: tuple[Order, ...] = ORDERS
@@ -67,8 +68,7 @@ def main(args: Args) -> None:
             f"--teachers {' '.join(map(str, teachers))}: two have the same folder name, and their labels "
             "would lie in one folder; rename one"
         )
-    names = ("data/lmsys1m_pairs.parquet", "data/preference_sets.parquet")
-    paths = args.comparisons or tuple(artifacts / name for name in names)
+    paths = args.comparisons or default_tables(artifacts, "lmsys1m_pairs", "preference_sets")
     pool = load_comparisons(paths, artifacts=artifacts, skip_bad_rows=args.execution.skip_bad_rows)
     output = args.output or artifacts / "pseudo"
     for teacher in teachers:
@@ -121,7 +121,7 @@ def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerat
                 write_table(part.frame.select("source", "id").with_columns(group_columns(groups)), path)
             advance(1)
     if accelerator.is_main_process:
-        write_table(pl.read_parquet(paths), output / "probabilities.parquet")
+        write_table(scan(paths).collect(), output / "probabilities.parquet")
         run.finish({"num_comparisons": len(sequences.frame)})
     accelerator.wait_for_everyone()
 
@@ -134,7 +134,7 @@ def merge(paths: list[Path], output: Path) -> None:
         say(f"{output} is up to date")
         return
     run.begin()
-    frames = [pl.read_parquet(path) for path in paths]
+    frames = [scan(path).collect() for path in paths]
     joined = frames[0]
     for frame in frames[1:]:
         joined = joined.join(frame, on=["source", "id"], how="inner", validate="1:1", maintain_order="left")

@@ -18,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from common.console import cli, say
-from common.data.table import LABELS, is_labelled
+from common.data.table import LABELS, is_labelled, scan
 from common.files import read_json, replacing
 from common.report import pictures
 from common.report.page import data_uri, listed, render
@@ -211,7 +211,7 @@ def table_rows(one: dict) -> dict[str, list[dict]]:
 
 def read_probabilities(path: Path) -> dict[str, np.ndarray]:
     """Group -> float32 [labelled comparisons, 3], and "labels" likewise; empty where nothing is labelled."""
-    frame = pl.read_parquet(path) if path.is_file() else pl.DataFrame()
+    frame = scan(path).collect() if path.is_file() else pl.DataFrame()
     if LABELS[0] not in frame.columns or (frame := frame.filter(is_labelled())).is_empty():
         return {}
     groups = [name.removesuffix(f"/{LABELS[0]}") for name in frame.columns if name.endswith(f"/{LABELS[0]}")]

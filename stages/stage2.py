@@ -16,13 +16,13 @@ import tyro
 from common.console import cli, say
 from common.data.held_out import (
     all_trained_on,
+    default_tables,
     load_comparisons,
     require_labels,
     split_fold,
     without_content_of,
 )
-from common.data.table import LABELS, is_labelled, labels_array
-from common.score.metrics import SUM_TOLERANCE
+from common.data.table import LABEL_SUM_TOLERANCE, LABELS, is_labelled, scan
 from common.train import steps
 from common.train.fit import fit
 from common.train.launch import leave
@@ -45,7 +45,8 @@ class Args:
     execution: Execution = field(default_factory=Execution)
     training: Training = field(default_factory=Training)
     comparisons: tuple[Path, ...] = ()
-    """Labelled pool; by default lmsys1m_pairs.parquet and preference_sets.parquet below <artifacts>/data."""
+    """Labelled pool; by default those of lmsys1m_pairs.parquet and preference_sets.parquet below
+    <artifacts>/data that are there."""
     labels: Path | None = None
     """Soft labels by key; by default <artifacts>/pseudo/ensemble/labels.parquet."""
     votes: tuple[Path, ...] = ()
@@ -66,10 +67,10 @@ def main(args: Args) -> None:
     accelerator = steps.start_training("stage2", args.model, output, args.training)
 
     read = {"artifacts": artifacts, "skip_bad_rows": args.execution.skip_bad_rows}
-    names = ("data/lmsys1m_pairs.parquet", "data/preference_sets.parquet")
-    pool = load_comparisons(args.comparisons or tuple(artifacts / name for name in names), **read)
+    paths = args.comparisons or default_tables(artifacts, "lmsys1m_pairs", "preference_sets")
+    pool = load_comparisons(paths, **read)
     labelled = join_labels(pool, args.labels or artifacts / "pseudo/ensemble/labels.parquet")
-    votes = load_comparisons(args.votes or (artifacts / "data/arena55k.parquet",), **read)
+    votes = load_comparisons(args.votes or default_tables(artifacts, "arena55k"), **read)
     _, held_out = split_fold(votes, args.held_out_fold)
     train = without_content_of(labelled, held_out)
     require_labels("stage2", train, held_out)
@@ -107,8 +108,10 @@ def join_labels(pool: pl.DataFrame, path: Path) -> pl.DataFrame:
         ValueError: The labels cannot be read, label nothing of the pool, or are no probabilities.
     """
     try:
-        labels = pl.read_parquet(path, columns=["source", "id", *LABELS]).cast(
-            {"source": pl.String, "id": pl.String, **dict.fromkeys(LABELS, pl.Float32)}
+        labels = (
+            scan(path)
+            .select(pl.col("source", "id").cast(pl.String), pl.col(LABELS).cast(pl.Float64))
+            .collect()
         )
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
@@ -123,18 +126,18 @@ def join_labels(pool: pl.DataFrame, path: Path) -> pl.DataFrame:
             f"{path} labels none of the {len(pool)} comparisons: were they made from other files?"
         )
     labelled = joined.filter(is_labelled())
-    values = labels_array(labelled)
-    bad = ~(np.abs(values.sum(1) - 1) <= SUM_TOLERANCE) | (values < 0).any(1)
+    values = labelled.select(LABELS).to_numpy()
+    bad = ~(np.abs(values.sum(1) - 1) <= LABEL_SUM_TOLERANCE) | (values < 0).any(1)
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(
             f"{path}: the labels of {int(bad.sum()):,} comparisons are no probabilities, first "
             f"{'/'.join(labelled.select('source', 'id').row(row))} with {values[row].tolist()}; expected "
-            "numbers from 0 on that sum to 1"
+            "numbers from 0 on that sum to 1 within 0.001"
         )
     if len(joined) < len(pool):
         say(f"{len(pool) - len(joined):,} of {len(pool):,} comparisons have no soft label and are left out")
-    return joined.select(pool.columns)
+    return joined.select(pool.columns).with_columns(pl.col(LABELS).cast(pl.Float32))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from common.console import cli, say
-from common.data.held_out import all_trained_on, load_comparisons, require_labels, split_fold
+from common.data.held_out import all_trained_on, default_tables, load_comparisons, require_labels, split_fold
 from common.train import steps
 from common.train.fit import fit
 from common.train.launch import leave
@@ -39,7 +39,8 @@ class Args:
     final: bool = False
     """Train on every fold for the bundle; there is no score, for nothing unseen is left."""
     votes: tuple[Path, ...] = ()
-    """Comparison tables; by default arena55k.parquet and arena33k.parquet below <artifacts>/data."""
+    """Comparison tables; by default those of arena55k.parquet and arena33k.parquet below <artifacts>/data
+    that are there."""
     held_out_fold: int = 0
     """Fold that is scored and not trained on (without --final)."""
     checkpoint: str | None = None
@@ -55,7 +56,7 @@ def main(args: Args) -> None:
     output = args.output or artifacts / "stage3" / f"{args.model}{'-final' if args.final else ''}"
     accelerator = steps.start_training("stage3", args.model, output, args.training)
 
-    paths = args.votes or (artifacts / "data/arena55k.parquet", artifacts / "data/arena33k.parquet")
+    paths = args.votes or default_tables(artifacts, "arena55k", "arena33k")
     votes = load_comparisons(paths, artifacts=artifacts, skip_bad_rows=args.execution.skip_bad_rows)
     train, held_out = (votes, None) if args.final else split_fold(votes, args.held_out_fold)
     require_labels("stage3", train, held_out)

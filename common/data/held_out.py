@@ -1,14 +1,34 @@
 """What may be trained on and what may be scored: folds, labels, and what a checkpoint has already seen."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
 import polars as pl
 
 from common.console import say
-from common.data.table import content_hashes, is_labelled, read_comparisons, write_table
+from common.data.table import content_hashes, is_labelled, read_comparisons, scan, write_table
 
 Seen = Literal["refuse", "drop"]
+
+
+def default_tables(artifacts: Path, *names: str) -> tuple[Path, ...]:
+    """Those of the tables that a stage reads by default that are there; it says which are not.
+
+    Raises:
+        ValueError: None is there.
+    """
+    paths = [artifacts / "data" / f"{name}.parquet" for name in names]
+    there = tuple(path for path in paths if os.path.lexists(path))
+    absent = ", ".join(str(path) for path in paths if path not in there)
+    if not there:
+        raise ValueError(
+            f"none of the default tables is there: {absent}. Make {names[0]}.parquet with just prep from "
+            "what docs/data.md names, or name others on the command line"
+        )
+    if absent:
+        say(f"not there, so left out: {absent} (just prep makes what it finds raw files for)")
+    return there
 
 
 def load_comparisons(paths: tuple[Path, ...], *, artifacts: Path, skip_bad_rows: bool) -> pl.DataFrame:
@@ -88,7 +108,7 @@ def read_trained_on(checkpoint: Path) -> pl.Series:
             "finished checkpoint of ours. Finish its stage, or name another folder"
         )
     try:
-        return pl.read_parquet(path, columns=["content_hash"]).to_series()
+        return scan(path).select("content_hash").collect().to_series()
     except (OSError, pl.exceptions.PolarsError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path} cannot be read: {reason}. Copy it again or train again") from error

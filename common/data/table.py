@@ -5,6 +5,7 @@ rows and a report of what was found; a bad row stops the run unless the caller a
 """
 
 import hashlib
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,8 +45,18 @@ REJECTED_SCHEMA = pl.Schema(
     {"file": pl.String, "row": pl.Int64, "id": pl.String, "reason": pl.String, "detail": pl.String}
 )
 
-LABEL_SUM_TOLERANCE = 1e-3
+WINNERS = {
+    **{"a": 0, "b": 1, "model_a": 0, "model_b": 1},
+    **dict.fromkeys(("tie", "tie (bothbad)", "tie (both bad)", "bothbad", "both_bad"), 2),
+}
+"""What sources say of a vote -> index of `LABELS`."""
+
+LABEL_SUM_TOLERANCE = 1e-3 + 1e-9
+"""Judged in double precision, on the numbers as they are written; 1e-9 more, so that 0.999 and 1.001 pass."""
+OF_AN_OUTPUT = re.compile("No space left|Read-only file system|quota exceeded|File too large")
+"""What the system says only of a file that is written."""
 NUM_SHOWN = 10
+TEXT_TYPES = (pl.String, pl.Categorical, pl.Enum)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,12 +118,12 @@ def content_hashes(frame: pl.DataFrame) -> pl.Series:
     return pl.Series("content_hash", hashes, dtype=pl.String)
 
 
-def table_hash(frame: pl.DataFrame) -> str:
-    """sha256 of the columns of `SCHEMA` in all rows, whatever the row order and the version of any library.
+def table_hash(frame: pl.DataFrame, columns: Sequence[str] = tuple(SCHEMA)) -> str:
+    """sha256 of some columns in all rows, whatever the row order and the version of any library.
 
-    Columns beyond the schema do not count.
+    Others do not count.
     """
-    rows = frame.select(SCHEMA.names()).iter_rows()
+    rows = frame.select(columns).iter_rows()
     digests = sorted(hashlib.blake2b(b"".join(map(_encode, row)), digest_size=32).digest() for row in rows)
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
@@ -187,8 +198,7 @@ def check_writable(frame: pl.DataFrame, path: Path | str) -> pl.DataFrame:
     """
     frame = _check_schema(frame, path)
     places = pl.select(file=pl.lit(str(path)), row=pl.int_range(len(frame)))
-    check_rows(frame, places, paths=(Path(path),))
-    return frame
+    return check_rows(frame, places, paths=(Path(path),))[0]
 
 
 def write_table(frame: pl.DataFrame, path: Path | str) -> None:
@@ -227,17 +237,43 @@ def reading(*names: Path | str, way_out: str = "is it cut off? Get or make it ag
         yield
     except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        if "No space left" in first_line:
-            raise ValueError(
-                f"no space is left for temporary files in {gettempdir()}; free some, or set TMPDIR to "
-                "another folder"
-            ) from error
+        if OF_AN_OUTPUT.search(first_line):  # of a stream that also writes
+            raise ValueError(scratch_fault(first_line)) from error
         raise ValueError(f"{', '.join(map(str, names))} cannot be read: {first_line}; {way_out}") from error
 
 
-def scan(path: Path | str) -> pl.LazyFrame:
-    """A Parquet; no globbing, no hive columns: a path is a name, whatever characters it has."""
+@contextmanager
+def writing_scratch() -> Iterator[None]:
+    """Within `reading`: a temporary file that cannot be written is no fault of what is read."""
+    try:
+        yield
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ValueError(scratch_fault(str(error).partition("\n")[0])) from error
+
+
+def scratch_fault(reason: str) -> str:
+    """What to say, and to do, of a temporary file that cannot be written."""
+    return (
+        f"temporary files cannot be written in {gettempdir()}: {reason}; free some space there, or set "
+        "TMPDIR to another folder"
+    )
+
+
+def scan(path: Path | str | Sequence[Path]) -> pl.LazyFrame:
+    """A Parquet, or several; no globbing, no hive columns: a path is a name, whatever characters it has."""
     return pl.scan_parquet(path, glob=False, hive_partitioning=False)
+
+
+def fits(found: pl.DataType, wanted: pl.DataType) -> bool:
+    """Whether a type can be cast: what counts to a float, categories to text, a struct to fewer fields."""
+    if isinstance(wanted, pl.List):
+        return isinstance(found, pl.List) and fits(found.inner, wanted.inner)
+    if isinstance(wanted, pl.Struct):
+        fields = {f.name: f.dtype for f in found.fields} if isinstance(found, pl.Struct) else {}
+        return all(f.name in fields and fits(fields[f.name], f.dtype) for f in wanted.fields)
+    if wanted == pl.Float64:
+        return found.is_numeric() or found in (pl.Boolean, pl.Null)
+    return found in (wanted, pl.Null) or (wanted == pl.String and found in TEXT_TYPES)
 
 
 def check_rows(
@@ -253,7 +289,7 @@ def check_rows(
     """Sorts good rows from bad ones, for every reader of comparisons.
 
     Args:
-        frame: Columns of `SCHEMA` and any others.
+        frame: Columns of `SCHEMA` and any others; labels of any precision.
         places: `file` and `row` of every row of `frame`.
         paths: The files, in order.
         row_unit: "row" or "line", what `row` counts.
@@ -269,6 +305,7 @@ def check_rows(
     """
     bad = _bad_rows(frame, places, row_unit)
     good = frame.filter(~pl.int_range(pl.len(), dtype=pl.UInt32).is_in(bad["index"].implode()))
+    good = good.with_columns(pl.col(LABELS).cast(pl.Float32))
     rejected = bad.select(REJECTED_SCHEMA.names())
     rejected = rejected if unreadable is None else pl.concat([rejected, unreadable])
     report = ReadReport(
@@ -322,18 +359,22 @@ def _read_parquet(path: Path) -> pl.DataFrame:
 
 
 def _check_schema(frame: pl.DataFrame, path: Path | str) -> pl.DataFrame:
-    """The frame with the columns of `SCHEMA` first; ValueError where one is missing or of another type."""
+    """The frame with the columns of `SCHEMA` first; ValueError where one is missing or of another type.
+
+    Labels become double, for `check_rows`, whatever numbers or truths they are; categories become text.
+    """
     missing = [name for name in SCHEMA if name not in frame.columns]
     if missing:
         raise ValueError(
             f"{path} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}; "
             f"found {', '.join(frame.columns)}; expected {', '.join(SCHEMA)}"
         )
+    types = SCHEMA | dict.fromkeys(LABELS, pl.Float64())
     for name, expected in SCHEMA.items():
         found = frame.schema[name]
-        if found != expected:
+        if not fits(found, types[name]):
             raise ValueError(f"{path}: column {name} is {found}, expected {expected}")
-    return frame.select(*SCHEMA.names(), pl.exclude(SCHEMA.names()))
+    return frame.select(*SCHEMA.names(), pl.exclude(SCHEMA.names())).cast(types)
 
 
 def _bad_rows(frame: pl.DataFrame, places: pl.DataFrame, row_unit: str) -> pl.DataFrame:
@@ -388,7 +429,7 @@ def _row_checks() -> list[tuple[str, pl.Expr, pl.Expr]]:
         (
             "labels that do not sum to 1",
             (total - 1).abs() > LABEL_SUM_TOLERANCE,
-            pl.format("found {}, sum {}, expected 1", labels, total.round(4)),
+            pl.format("found {}, sum {}, expected 1 within 0.001", labels, total.round(6)),
         ),
     ]
 

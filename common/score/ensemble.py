@@ -8,19 +8,31 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
 import polars as pl
 
 from common.console import say
-from common.data.table import LABELS, ORDERS, Order, is_labelled, labels_array
+from common.data.sources import column_names, open_raw
+from common.data.sources.find import fetch
+from common.data.table import (
+    LABEL_SUM_TOLERANCE,
+    LABELS,
+    ORDERS,
+    WINNERS,
+    Order,
+    is_labelled,
+    labels_array,
+    reading,
+    table_hash,
+)
 from common.score.calibration import MIN_LABELLED, cross_fit_weights, pool
 from common.score.metrics import (
     ENSEMBLE,
     FITTED,
     PRIOR,
-    SUM_TOLERANCE,
     bootstrap_interval,
     per_row_log_loss,
     score,
@@ -30,9 +42,10 @@ from common.score.predict import average
 
 NUM_MODEL_PAIRS = 10
 CLASSES = ("a", "b", "tie")
+TEXT_COLUMNS = ("id", "source", "model_a", "model_b", "label")
 TABLE_FORM = (
-    "expected id; perhaps source, model_a and model_b (names), and a label, as label (a, b, tie or empty) or "
-    f"as {', '.join(LABELS)}; and of each model x: x_a, x_b, x_tie"
+    "expected id; perhaps source, model_a and model_b (names), and a label, as label (one of "
+    f"{', '.join(WINNERS)}; or empty) or as {', '.join(LABELS)}; and of each model x: x_a, x_b, x_tie"
 )
 
 Groups = dict[str, np.ndarray]
@@ -41,11 +54,11 @@ EnsembleOrder = Literal[Order, "both"]
 
 
 def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
-    """A Parquet or CSV of votes and of the probabilities of one or more models, in the form `TABLE_FORM`.
+    """A file of votes and of the probabilities of one or more models, in the form `TABLE_FORM`.
 
     Returns:
-        The comparisons in the order of the file: `id`, `source` (the file's name where it has none),
-        `model_a`, `model_b` (null where it has none), `LABELS` (null where unlabelled).
+        The comparisons in the order of the file: `id`, `source` ("table" where it has none), `model_a`,
+        `model_b` (null where it has none), `LABELS` (null where unlabelled).
         Model -> float32 [comparisons, 3], rows in the order of (source, id).
 
     Raises:
@@ -53,36 +66,47 @@ def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, np.ndarray]]:
             absent or stands twice; a label is not known; a row does not sum to 1.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is not a file; expected a Parquet or CSV")
-    texts = {"id": None, "source": path.stem, "model_a": None, "model_b": None, "label": None}
-    try:
-        if path.suffix == ".csv":
-            overrides = dict.fromkeys(texts, pl.String)
-            table = pl.read_csv(path, schema_overrides=overrides, infer_schema_length=None)
-        else:
-            table = pl.read_parquet(path)
-        models = _find_models(table.columns, tuple(texts), path)
-        types = {name: pl.String if name in texts else pl.Float32 for name in table.columns}
-        absent = {name: pl.lit(text, pl.String) for name, text in texts.items() if name not in types}
-        table = table.cast(types).with_columns(**absent)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}; {TABLE_FORM}") from error
+        raise ValueError(f"{path} is not a file; expected a Parquet, CSV or JSON lines file")
+    with TemporaryDirectory() as scratch:
+        [file] = fetch([str(path)], Path(scratch))
+        columns = column_names(file)
+        models = _find_models(columns, path)
+        numbers = (*LABELS, *itertools.chain(*models.values()))
+        types = dict.fromkeys(TEXT_COLUMNS, pl.String()) | dict.fromkeys(numbers, pl.Float64())
+        schema = {f"{name}?": kind for name, kind in types.items()}
+        raw = open_raw([(file, schema, pl.LazyFrame.lazy)], Path(scratch))
+        with reading(path):
+            table = raw.frame.collect()
+    if len(raw.rejected):
+        _, row, key, *reason = raw.rejected.row(0)
+        raise ValueError(
+            f"{path}: {len(raw.rejected)} rows cannot be read, first {raw.row_unit} {row}, id {key}: "
+            f"{': '.join(reason)}; {TABLE_FORM}"
+        )
+    table = table.with_columns(pl.when(pl.col(name) != "").then(name).alias(name) for name in TEXT_COLUMNS)
+    table = table if "source" in columns else table.with_columns(source=pl.lit("table"))
     _check_keys(table, path)
-    frame = table.with_columns(() if LABELS[0] in table.columns else _labels(table, path))
+    frame = table.with_columns(() if LABELS[0] in columns else _labels(table, path))
     _probabilities(frame.filter(pl.any_horizontal(pl.col(LABELS).is_not_null())), LABELS, path)
     by_key = table.sort("source", "id")
     return (
-        frame.select("id", "source", "model_a", "model_b", *LABELS),
-        {model: _probabilities(by_key, columns, path) for model, columns in models.items()},
+        frame.select("id", "source", "model_a", "model_b", pl.col(LABELS).cast(pl.Float32)),
+        {model: _probabilities(by_key, names, path) for model, names in models.items()},
     )
 
 
-def _find_models(columns: list[str], texts: tuple[str, ...], path: Path) -> dict[str, list[str]]:
+def given_hash(frame: pl.DataFrame, given: Groups) -> str:
+    """Names what `read_table` gives: the rows, whatever file they stood in and in which order."""
+    table = frame.sort("source", "id").with_columns(group_columns(given))
+    return table_hash(table, table.columns)
+
+
+def _find_models(columns: list[str], path: Path) -> dict[str, list[str]]:
     """Model -> its three columns; a ValueError where the columns are not those of `TABLE_FORM`."""
     models, faults = {}, []
     for name in columns:
         model, _, word = name.rpartition("_")
-        if name in (*texts, *LABELS):
+        if name in (*TEXT_COLUMNS, *LABELS):
             continue
         if model and word in CLASSES:
             models[model] = [f"{model}_{word}" for word in CLASSES]
@@ -114,29 +138,27 @@ def _check_keys(table: pl.DataFrame, path: Path) -> None:
 
 def _labels(table: pl.DataFrame, path: Path) -> list[pl.Expr]:
     """The column `label` as `LABELS`."""
-    bad = table.filter(~pl.col("label").is_in(CLASSES))
+    bad = table.filter(~pl.col("label").is_in(list(WINNERS)))
     if len(bad):
         raise ValueError(
             f"{path}: the label of id {bad['id'][0]} is {bad['label'][0]!r} ({len(bad)} of {len(table)} rows "
             f"are such); {TABLE_FORM}"
         )
-    return [
-        (pl.col("label") == word).cast(pl.Float32).alias(name)
-        for word, name in zip(CLASSES, LABELS, strict=True)
-    ]
+    winner = pl.col("label").replace_strict(WINNERS, return_dtype=pl.Int8)
+    return [(winner == i).cast(pl.Float64).alias(name) for i, name in enumerate(LABELS)]
 
 
 def _probabilities(table: pl.DataFrame, columns: Sequence[str], path: Path) -> np.ndarray:
     """Three columns as float32 [rows, 3], if every row is probabilities; `id` names the row that is not."""
     values = table.select(columns).fill_null(float("nan")).to_numpy()
-    bad = ~(np.abs(values.sum(axis=1) - 1) <= SUM_TOLERANCE) | (values < 0).any(axis=1)
+    bad = ~(np.abs(values.sum(axis=1) - 1) <= LABEL_SUM_TOLERANCE) | (values < 0).any(axis=1)
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(
             f"{path}: {', '.join(columns)} of id {table['id'][row]} are {values[row].tolist()}; expected "
-            "numbers from 0 on that sum to 1"
+            "numbers from 0 on that sum to 1 within 0.001"
         )
-    return values
+    return values.astype(np.float32)
 
 
 def contributed(model: str, order: EnsembleOrder) -> str:

@@ -2,16 +2,20 @@
 
 import csv
 import gzip
+import io
 import json
 from pathlib import Path
 
+import datasets
 import polars as pl
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from samples import write_rows
 
 from common.data.chats import MESSAGES
 from common.data.sources import Raw, column_names, open_raw
-from common.data.sources.find import fetch
+from common.data.sources.find import _from_hub, fetch, find_raw
 
 SCHEMA = {"id": pl.String(), "turns": pl.List(pl.String()), "score?": pl.Float64()}
 ROWS = [
@@ -92,15 +96,151 @@ def test_rows_that_are_not_utf8_or_have_broken_quotes_are_rejected_one_by_one(tm
     assert "up to line 7" in raw.rejected["detail"][2]
 
 
-def test_train_files_of_a_folder_win_and_an_empty_folder_is_refused(tmp_path):
-    (tmp_path / "x" / "data").mkdir(parents=True)
+def make_files(folder: Path, names: str) -> None:
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+
+
+@pytest.mark.parametrize(
+    ("taken", "left_out"),
+    [
+        ("train-00000-of-2.parquet train-00001-of-2.parquet", "test-0.parquet"),
+        ("data/train-00000-of-00001.parquet", "data/test_sft-00000-of-00001.parquet"),
+        ("train/a.parquet", "test/a.parquet validation/a.parquet"),
+        ("default/train/0000.parquet", "default/test/0000.parquet"),
+        ("a/Train.CSV", "a/Test.CSV.GZ dev.jsonl"),
+        ("my_set_train.csv", "my_set_test.csv my-set-eval.csv"),
+        ("training.jsonl", "valid.jsonl val.jsonl testing.jsonl evaluation.jsonl other.jsonl"),
+        ("train.csv", "test.csv sample_submission.csv"),
+        ("train.csv", "test.parquet"),
+        ("train/train-0.parquet", "test/train-0.parquet train/train-eval.parquet"),
+        ("a.csv b.csv", "a-test.csv"),
+        ("contest.csv developer.csv latest.csv trainer.csv", ""),
+        ("a.parquet", "b.csv"),
+    ],
+)
+def test_a_folder_of_splits_gives_its_train_split_and_names_the_rest(tmp_path, capsys, taken, left_out):
+    folder = tmp_path / "my-test"  # what it is called itself does not count
+    make_files(folder, f"{taken} {left_out} dataset_infos.json README.md")
+    found = fetch([str(folder)], tmp_path)
+    assert [file.name for file in found] == [str(folder / name) for name in taken.split()]
+    said = capsys.readouterr().out.replace("\n", "")
+    assert all(str(folder / name) in said for name in left_out.split())
+    assert ("left out" in said) == bool(left_out)
+
+
+def test_a_folder_without_a_train_split_is_refused_unless_it_is_asked_for_by_name(tmp_path, capsys):
+    make_files(tmp_path / "x", "data/test-0.parquet dev.csv")
+    with pytest.raises(
+        ValueError, match=r"holds no train split, but .*test-0.*dev\.csv; to read these, name"
+    ):
+        fetch([str(tmp_path / "x")], tmp_path)
+    for named in ("x/dev.csv", "x/data/test-0.parquet"):
+        assert fetch([str(tmp_path / named)], tmp_path)[0].name == str(tmp_path / named)
+    make_files(tmp_path, "test/test-0.parquet test/test-1.parquet")
+    assert len(fetch([str(tmp_path / "test")], tmp_path)) == 2
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no Parquet, CSV or JSON lines"):
-        opened(tmp_path / "x", tmp_path)
-    for name in ("train-1", "train-0", "test-0"):
-        pl.DataFrame(ROWS).with_columns(id=pl.lit(name)).write_parquet(
-            tmp_path / "x/data" / f"{name}.parquet"
-        )
-    assert opened(tmp_path / "x", tmp_path)[0]["id"].to_list() == ["train-0"] * 2 + ["train-1"] * 2
+        fetch([str(tmp_path / "empty")], tmp_path)
+    assert capsys.readouterr().out == ""
+
+
+def test_endings_in_any_case_are_known_everywhere(tmp_path):
+    for folder in ("in", "all"):
+        (tmp_path / folder).mkdir()
+    for path in write_all(tmp_path / "all"):
+        upper = path.rename(tmp_path / "in" / path.name.upper().replace("A.", "Big."))
+        assert opened(upper, tmp_path)[0].drop("file", "row").rows(named=True) == ROWS, upper
+        assert find_raw(tmp_path / "in", "no", "Big") == upper
+        assert fetch([str(tmp_path / "in")], tmp_path)[0].path == upper
+        upper.unlink()
+    assert find_raw(tmp_path / "in", "Big") is None is find_raw(tmp_path / "nowhere", "Big")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "csv.gz", "jsonl"])
+def test_columns_that_are_not_used_are_named(tmp_path, capsys, ending):
+    rows = [{**row, "more": "1", "also": "x"} for row in ROWS]
+    opened(write_rows(tmp_path / f"a.{ending}", rows), tmp_path)
+    assert f"{tmp_path / f'a.{ending}'}: not used: more, also" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_categories_are_text_and_truths_are_numbers(tmp_path):
+    """As pandas and Arrow write them; within lists and structs too."""
+    words, chats = pa.dictionary(pa.int32(), pa.string()), [[{"role": "user", "content": "é"}]] * 2
+    columns = {
+        "id": pa.array(["x", "y"]).dictionary_encode(),
+        "turns": pa.array([["a", None], []], pa.list_(words)),
+        "chat": pa.array(
+            [[{"role": "user", "content": "é"}]] * 2, pa.list_(pa.struct({"role": words, "content": words}))
+        ),
+    }
+    schema = {"id": pl.String(), "turns": pl.List(pl.String()), "chat": MESSAGES, "vote": pl.Float64()}
+    votes = ([True, False], pa.array([1, 0], pa.decimal128(5, 2)), pa.array([1, 0], pa.float16()))
+    expected = [("x", ["a", None], 1.0), ("y", [], 0.0)]
+    for vote in map(pa.array, votes):
+        pq.write_table(pa.table(columns | {"vote": vote}), tmp_path / "a.parquet")
+        frame = open_as(schema, tmp_path / "a.parquet", tmp_path).frame.collect()
+        assert frame.select("id", "turns", "vote").rows() == expected
+        assert frame["chat"].to_list() == chats
+    enum = pl.DataFrame(
+        {"id": ["1"], "turns": ['["a"]']}, schema={"id": pl.String, "turns": pl.Enum(['["a"]'])}
+    )
+    enum.write_parquet(tmp_path / "a.parquet")
+    assert opened(tmp_path / "a.parquet", tmp_path)[0]["turns"].to_list() == [["a"]]
+    (tmp_path / "a.jsonl").write_bytes(lines([{"id": "1", "turns": [], "score": True}]))
+    (tmp_path / "a.csv").write_text("id,turns,score\n1,[],true\n2,[],False\n3,[],TRUE\n4,[],yes\n")
+    assert opened(tmp_path / "a.jsonl", tmp_path)[0]["score"].to_list() == [1.0]
+    frame, raw = opened(tmp_path / "a.csv", tmp_path)
+    assert frame["score"].to_list() == [1.0, 0.0, 1.0] and raw.rejected["row"].to_list() == [5]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(13, "Permission denied"),
+        pl.exceptions.ComputeError("x"),
+    ],
+)
+def test_a_scratch_folder_that_cannot_be_written_is_blamed_itself(tmp_path, monkeypatch, error):
+    (tmp_path / "a.jsonl").write_bytes(lines(ROWS))
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pl.LazyFrame, "sink_parquet", fail)
+    with pytest.raises(ValueError, match=r"temporary files cannot be written in .*TMPDIR") as caught:
+        opened(tmp_path / "a.jsonl", tmp_path)
+    assert "a.jsonl" not in str(caught.value)
+
+
+def test_a_hub_set_that_holds_a_script_runs_nothing(tmp_path, monkeypatch):
+    """Why standard input need not be closed: the library asks nothing, it refuses."""
+    monkeypatch.chdir(tmp_path)
+    make_files(tmp_path, "owner/name.txt")
+    script = tmp_path / "owner/name/name.py"
+    script.parent.mkdir()
+    script.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ValueError, match="was not fetched from the hub"):
+        _from_hub("owner/name", tmp_path / "x.parquet")
+    assert not (tmp_path / "ran").exists()
+    asked = {}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **flags: asked.update(flags) or 1 / 0)
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        _from_hub("owner/name", tmp_path / "x.parquet")
+    assert asked == {"split": "train", "trust_remote_code": False}
+
+
+def test_a_cache_that_is_full_is_no_fault_of_the_hub(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "/cache")
+
+    monkeypatch.setattr(datasets, "load_dataset", full)
+    with pytest.raises(ValueError, match=r"owner/name was not kept: .*No space left.*HF_HOME") as caught:
+        _from_hub("owner/name", tmp_path / "x.parquet")
+    assert "licence" not in str(caught.value)
 
 
 def test_whole_numbers_become_text_and_absent_columns_null(tmp_path):

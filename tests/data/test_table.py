@@ -1,6 +1,8 @@
 """The comparison table: what is read back, what is refused, and hashes that mean the same everywhere."""
 
+import ast
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -9,13 +11,16 @@ from contextlib import contextmanager
 import numpy as np
 import polars as pl
 import pytest
+from helpers import ROOT, read_competition_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import write_rows
 
 from common.data.table import (
     LABELS,
     REJECTED_SCHEMA,
     SCHEMA,
+    TEXTS,
     content_hashes,
     is_labelled,
     labels_array,
@@ -25,6 +30,8 @@ from common.data.table import (
     write_comparisons,
     write_table,
 )
+from common.score.ensemble import read_table
+from common.score.metrics import log_loss
 
 ROW = {
     "id": "1",
@@ -235,8 +242,8 @@ def test_a_wrong_schema_names_file_column_found_and_expected(tmp_path):
     table({}).with_columns(pl.col("id").cast(pl.Int64)).write_parquet(path)
     with pytest.raises(ValueError, match=rf"{path}: column id is Int64, expected String"):
         read_comparisons(path)
-    table({}).with_columns(pl.col("winner_tie").cast(pl.Float64)).write_parquet(path)
-    with pytest.raises(ValueError, match="winner_tie is Float64, expected Float32"):
+    table({}).with_columns(pl.col("winner_tie").cast(pl.String)).write_parquet(path)
+    with pytest.raises(ValueError, match="winner_tie is String, expected Float32"):
         read_comparisons(path)
     with pytest.raises(ValueError, match="lacks the column fold"):
         write_comparisons(table({}).drop("fold"), path)
@@ -247,6 +254,79 @@ def test_further_columns_of_one_name_and_two_types_are_refused(tmp_path):
     table({"id": "x"}).with_columns(extra=pl.lit("1")).write_parquet(tmp_path / "b.parquet")
     with pytest.raises(ValueError, match=r"a\.parquet, .*b\.parquet have a column of one name"):
         read_comparisons([tmp_path / "a.parquet", tmp_path / "b.parquet"])
+
+
+@pytest.mark.parametrize("source", [pl.Categorical, pl.Enum(["votes"])])
+@pytest.mark.parametrize(
+    "label", [pl.Boolean, pl.Float64, pl.Float16, pl.Int8, pl.Decimal(5, 2)], ids=lambda kind: str(kind)
+)
+def test_categories_and_votes_of_any_type_read_as_the_schema_has_them(tmp_path, source, label):
+    frame = table({}, {"winner_model_a": 0.0, "winner_tie": 1.0})
+    other = frame.cast({"source": source, **dict.fromkeys(LABELS, label)})
+    other.write_parquet(tmp_path / "x.parquet")
+    assert read_comparisons(tmp_path / "x.parquet")[0].equals(frame)
+    write_comparisons(other, tmp_path / "y.parquet")
+    assert pl.read_parquet(tmp_path / "y.parquet").equals(frame)
+
+
+SUMS = {
+    "0.333,0.333,0.334": True,
+    "0.333,0.333,0.333": True,
+    "0.3335,0.3335,0.3335": True,
+    "0.334,0.333,0.334": True,
+    "0.3336666,0.3336666,0.3336668": True,
+    "0.3336667,0.3336667,0.3336667": False,
+    "0.33,0.33,0.33": False,
+    "0.3329999,0.333,0.333": False,
+    "0.2,0.8,0.00099999": True,
+    "0.1000003,0.9,0.001": False,
+}
+"""Labels as a file has them -> whether their sum is 1 within 0.001."""
+
+
+@pytest.mark.parametrize("ending", ["parquet", "csv", "csv.gz", "jsonl"])
+@pytest.mark.parametrize("reader", ["comparisons", "competition", "labels", "probabilities"])
+@pytest.mark.parametrize(("cells", "is_good"), SUMS.items())
+def test_sums_are_judged_in_double_precision_by_every_reader(tmp_path, cells, is_good, reader, ending):
+    path, labels = tmp_path / f"x.{ending}", dict(zip(LABELS, map(float, cells.split(",")), strict=True))
+    if reader == "comparisons":
+        path = tmp_path / "x.parquet"
+        table({}).with_columns(**{name: pl.lit(value) for name, value in labels.items()}).write_parquet(path)
+        read = read_comparisons
+    elif reader == "competition":
+        write_rows(path, [{name: ROW[name] for name in ("id", *TEXTS)} | labels])
+        read = read_competition_file
+    else:
+        given = dict(zip(("m_a", "m_b", "m_tie"), labels.values(), strict=True))
+        right = {"m_a": 1.0, "m_b": 0.0, "m_tie": 0.0}
+        write_rows(path, [{"id": "1"} | (given if reader == "probabilities" else right | labels)])
+        read = read_table
+    if is_good:
+        found = read(path)
+        values = found[1]["m"] if reader == "probabilities" else labels_array(found[0])
+        np.testing.assert_array_equal(values[0], np.float32(list(labels.values())))
+        assert log_loss(values, values) > 0, "what is read can be scored"
+    else:
+        with pytest.raises(ValueError, match=r"0\.001"):
+            read(path)
+
+
+FOLDERS = ("common", "stages", "kaggle", "data_prep", "benchmarks")
+
+
+def test_tables_are_read_in_one_way():
+    """What polars opens by a name elsewhere would be a pattern, and a folder x=1 a column."""
+    found = []
+    for path in sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if re.fullmatch(r"(pl|polars)\.(read|scan)_\w+", name):
+                off = {word.arg for word in node.keywords if ast.unparse(word.value) == "False"}
+                found.append((path.name, name, {"glob", "hive_partitioning"} & off))
+    assert found == [
+        ("table.py", "pl.scan_parquet", {"glob", "hive_partitioning"}),
+        ("doctor.py", "pl.read_csv", {"glob"}),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,30 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys, name):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "x.jsonl"]
 
 
+@pytest.mark.parametrize(
+    "reason", ["No space left on device", "Read-only file system", "Disk quota exceeded"]
+)
+@pytest.mark.parametrize("method", ["sink_parquet", "touch", "write_parquet", "collect"])
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_failed_write_blames_the_output(tmp_path, capsys, monkeypatch, name, method, reason):
+    """Of temporary files and of the table; `collect` stands for a stream that writes while it reads."""
+    ending = "parquet" if method == "touch" else "csv"
+    path = write_rows(tmp_path / f"x.{ending}", SOURCES[name].rows(NUM_ROWS))
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(reason) if method == "touch" else pl.exceptions.ComputeError(f"{reason} (os error 1)")
+
+    owner = {"touch": Path, "write_parquet": pl.DataFrame}.get(method, pl.LazyFrame)
+    monkeypatch.setattr(owner, method, fail)
+    status, said = run(SOURCES[name], path, output=tmp_path / "out/x.parquet", capsys=capsys)
+    if method == "touch" and name != "lmsys1m_pairs":
+        assert status == 0, "only that script makes a file so"
+        return
+    assert status == 1 and reason in said and "Traceback" not in said
+    assert ("cannot write" if method == "write_parquet" else "temporary files cannot be written") in said
+    assert str(path) not in said and "cannot be read" not in said
+
+
 @pytest.mark.parametrize("moment", ["reading", "writing"])
 @pytest.mark.parametrize("name", SOURCES)
 def test_an_interrupted_run_leaves_the_old_files(tmp_path, capsys, monkeypatch, name, moment):

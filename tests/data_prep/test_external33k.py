@@ -16,13 +16,18 @@ from hypothesis import strategies as st
 from common.data.sources.find import fetch
 from common.data.table import LABELS, SCHEMA, read_comparisons
 from common.data.votes_csv import LONE_SURROGATE
+from common.score.ensemble import read_table
 from data_prep import external33k
 from data_prep.external33k import Args, first_of_each_prompt, main, open_votes, read_votes
 
 ROOT = Path(__file__).resolve().parents[2]
 REAL = ROOT.parent / "shared" / "data" / "arena_1000"
 needs_real_rows = pytest.mark.skipif(not REAL.is_dir(), reason=f"the real rows are not in {REAL}")
-ONE_HOT = {"model_a": (1, 0, 0), "model_b": (0, 1, 0), "tie": (0, 0, 1), "tie (bothbad)": (0, 0, 1)}
+ONE_HOT = {
+    **dict.fromkeys(("a", "model_a"), (1, 0, 0)),
+    **dict.fromkeys(("b", "model_b"), (0, 1, 0)),
+    **dict.fromkeys(("tie", "tie (bothbad)", "tie (both bad)", "both_bad", "bothbad"), (0, 0, 1)),
+}
 
 
 def chat(*texts: str | None) -> list[dict]:
@@ -178,11 +183,25 @@ def test_the_original_form_as_parquet_with_further_fields(tmp_path):
     assert frame["prompt"].to_list() == [["Hi"], ["Q"]]
 
 
+@pytest.mark.parametrize("word", ONE_HOT)
+def test_every_winner_word_is_read_in_votes_and_in_tables_of_probabilities(tmp_path, word):
+    frame, _, _ = read(write(tmp_path / "x.jsonl", [vote(winner=word)]), tmp_path / "s")
+    assert frame.select(LABELS).row(0) == ONE_HOT[word]
+    (tmp_path / "t.csv").write_text(f"id,label,m_a,m_b,m_tie\n1,{word},1,0,0\n")
+    assert read_table(tmp_path / "t.csv")[0].select(LABELS).row(0) == ONE_HOT[word]
+
+
+def test_the_default_is_what_is_in_data_or_else_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"lmsys/chatbot_arena_conversations .*accept the licence"):
+        main(Args(output=tmp_path / "x.parquet"))
+
+
 @pytest.mark.parametrize("skip", [False, True])
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (vote("8", winner="draw"), "unknown winner: found draw, expected one of model_a"),
+        (vote("8", winner="draw"), "unknown winner: found draw, expected one of a, b, model_a"),
         (vote("8", winner=3.5), "wrong type: winner is '3.5'"),
         (vote("8", conversation_a=None), "no conversation"),
         (vote("8", conversation_a="Hi"), "malformed JSON: conversation_a"),

@@ -206,7 +206,7 @@ def test_the_default_takes_what_is_in_the_folder_and_else_the_hub(tmp_path):
 
 def test_a_hub_set_and_its_file_give_the_same_table(tmp_path, monkeypatch):
     rows = [pair(chat("q", "good"), chat("q", "bad"), chosen_score=2, rejected_score=1)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: datasets.Dataset.from_list(rows))
     hub, _, _ = read(["RLHFlow/Helpsteer-preference-standard"], tmp_path / "a")
     local, _, _ = read([f"helpsteer={write(tmp_path / 'x.jsonl', rows)}"], tmp_path / "b")
     assert hub.equals(local)

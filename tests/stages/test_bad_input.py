@@ -259,6 +259,41 @@ def test_files_that_are_absent_corrupt_or_without_labels(world, tmp_path):
     assert not artifacts.exists()
 
 
+DEFAULTS = {
+    "stage1": ("arena55k", ("tiny-gemma",)),
+    "stage2": ("lmsys1m_pairs", ("tiny-gemma",)),
+    "stage3": ("arena55k", ("tiny-gemma",)),
+    "pseudo_label": ("lmsys1m_pairs", ("--teachers", "nowhere")),
+    "evaluate": ("arena55k", ("--checkpoints", "nowhere")),
+}
+
+
+@pytest.mark.parametrize("script", DEFAULTS)
+def test_without_tables_a_script_says_how_to_make_the_first(tmp_path, script):
+    first, words = DEFAULTS[script]
+    said = f"none of the default tables is there: .*{first}.parquet.*Make {first}.parquet with just prep"
+    assert_refused((script, *words, "--artifacts", tmp_path), said)
+
+
+@pytest.mark.parametrize(
+    ("script", "there", "absent", "next_fault"),
+    [
+        ("stage1", "arena55k", "arena33k", "nowhere"),
+        ("stage2", "preference_sets", "lmsys1m_pairs", "soft labels"),
+        ("stage3", "arena55k", "arena33k", "nowhere"),
+        ("pseudo_label", "preference_sets", "lmsys1m_pairs", "nowhere is not a folder"),
+    ],
+)
+def test_an_absent_default_table_is_left_out_and_named(world, tmp_path, script, there, absent, next_fault):
+    """It goes on: what it then lacks is the checkpoint."""
+    (tmp_path / "data").mkdir()
+    shutil.copy(world / "votes.parquet", tmp_path / f"data/{there}.parquet")
+    words = DEFAULTS[script][1] + (("--checkpoint", "nowhere") if script[:5] == "stage" else ())
+    found = call(script, *words, "--artifacts", tmp_path, *SMALL * (script[:5] == "stage"), check=False)
+    assert found.status == 1 and next_fault in found.stderr
+    assert f"left out: {tmp_path / 'data' / absent}.parquet" in found.stdout.replace("\n", "")
+
+
 def test_no_bad_row_passes_and_skipped_ones_are_listed(world, tmp_path):
     votes = pl.read_parquet(world / "votes.parquet")
     bad = votes.with_columns(
@@ -283,7 +318,7 @@ def test_no_bad_row_passes_and_skipped_ones_are_listed(world, tmp_path):
         (lambda labels: labels.with_columns(winner_tie=pl.lit(None, pl.Float32)), "60 of 60 .* have none"),
         (
             lambda labels: labels.with_columns(winner_tie=pl.lit(0.9)),
-            r"labels of 60 .* no probabilities.*0\.8999",
+            r"labels of 60 .* no probabilities.*0\.9",
         ),
         (lambda labels: labels.with_columns(winner_tie=pl.lit(float("nan"))), "no probabilities.*nan"),
         (lambda labels: None, r"Run stages/pseudo_label\.py"),

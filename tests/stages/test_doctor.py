@@ -436,7 +436,7 @@ def test_data_that_cannot_be_read(tmp_path, monkeypatch):
     line = lines["arena55k.parquet"]
     assert line.found.startswith("cannot be read: ") and line.mend.endswith(" --overwrite")
 
-    def refuse(path, glob):
+    def refuse(path, **_):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(pl, "scan_parquet", refuse)

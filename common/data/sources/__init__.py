@@ -13,10 +13,22 @@ from pathlib import Path
 
 import polars as pl
 
+from common.console import say
 from common.data.chats import stable_key
 from common.data.sources.find import RawFile, columns_of
 from common.data.sources.rows import ROW_READERS, column_names, conform_column, whole
-from common.data.table import LABELS, REJECTED_SCHEMA, TEXTS, ReadReport, check_rows, reading, scan
+from common.data.table import (
+    LABELS,
+    REJECTED_SCHEMA,
+    TEXT_TYPES,
+    TEXTS,
+    ReadReport,
+    check_rows,
+    fits,
+    reading,
+    scan,
+    writing_scratch,
+)
 from common.data.votes_csv import BadRowError
 
 PLACES = {"file": pl.String, "row": pl.Int64}
@@ -24,8 +36,8 @@ PLACES = {"file": pl.String, "row": pl.Int64}
 ROWS_PER_PART = 20_000
 
 Schema = Mapping[str, pl.DataType]
-"""Wanted columns and their types: texts, numbers, or lists and structs of these. Other columns are not read;
-a wanted one that is absent is an error unless its name ends in "?", which makes it null."""
+"""Wanted columns and their types: texts, numbers, or lists and structs of these. Other columns are not read,
+but named; a wanted one that is absent is an error unless its name ends in "?", which makes it null."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,10 +75,12 @@ def open_raw(
         if file.kind == "parquet" and not _holds_json(found, schema):
             frame = _scan(file, schema, found)
         else:
-            parts, bad, repaired = _convert(file, schema, scratch / f"raw-{number}")
-            frame = pl.scan_parquet(parts, glob=False)
+            parts, bad, repaired, found = _convert(file, schema, scratch / f"raw-{number}")
+            frame = scan(parts)
             rejected += bad
             num_repaired += repaired
+        if unused := [name for name in found if not {name, f"{name}?"} & set(schema)]:
+            say(f"{file.name}: not used: {', '.join(unused)}")
         frames.append(shaped(frame))
     units = {"row" if file.kind == "parquet" else "line" for file, *_ in files}
     return Raw(
@@ -126,7 +140,7 @@ def check_raw(
 def _holds_json(found: pl.Schema, schema: Schema) -> bool:
     """Whether a Parquet has texts where lists are wanted: what CSV files become on the hub."""
     return any(
-        isinstance(kind, pl.List) and found.get(name.removesuffix("?")) == pl.String
+        isinstance(kind, pl.List) and found.get(name.removesuffix("?")) in TEXT_TYPES
         for name, kind in schema.items()
     )
 
@@ -138,21 +152,11 @@ def _scan(file: RawFile, schema: Schema, found: pl.Schema) -> pl.LazyFrame:
     for wanted, kind in schema.items():
         name = wanted.removesuffix("?")
         is_id = kind == pl.String and name in found and found[name].is_integer()
-        if name in found and not is_id and not _fits(found[name], kind):
+        if name in found and not is_id and not fits(found[name], kind):
             raise ValueError(f"{file.name}: column {name} is {found[name]}, expected {kind}")
         columns.append((pl.col(name).cast(kind) if name in found else pl.lit(None, kind)).alias(name))
     frame = scan(file.path).select(columns).with_row_index("row")
     return frame.select(pl.exclude("row"), pl.lit(file.name).alias("file"), pl.col("row").cast(pl.Int64))
-
-
-def _fits(found: pl.DataType, wanted: pl.DataType) -> bool:
-    """Whether a type can be cast: any number to a float, no number to text, a struct to fewer fields."""
-    if isinstance(wanted, pl.List):
-        return isinstance(found, pl.List) and _fits(found.inner, wanted.inner)
-    if isinstance(wanted, pl.Struct):
-        fields = {f.name: f.dtype for f in found.fields} if isinstance(found, pl.Struct) else {}
-        return all(f.name in fields and _fits(fields[f.name], f.dtype) for f in wanted.fields)
-    return found in (wanted, pl.Null) or (wanted == pl.Float64 and found.is_numeric())
 
 
 def _absent(schema: Schema, found: Collection[str]) -> list[str]:
@@ -169,10 +173,11 @@ def _check_columns(file: RawFile, schema: Schema, found: Sequence[str]) -> None:
         )
 
 
-def _convert(file: RawFile, schema: Schema, stem: Path) -> tuple[list[Path], list[tuple], int]:
-    """Any file -> (Parquets <stem>-N.parquet with places, rejected rows, number of repaired rows)."""
+def _convert(file: RawFile, schema: Schema, stem: Path) -> tuple[list[Path], list[tuple], int, list[str]]:
+    """Any file -> Parquets <stem>-N.parquet with places; rejected rows; number of repaired ones; columns."""
+    found = {} if file.kind == "json" else dict.fromkeys(column_names(file))
     if file.kind != "json":
-        _check_columns(file, schema, column_names(file))
+        _check_columns(file, schema, list(found))
     parts, rejected, num_repaired = [], [], 0
     columns = {wanted.removesuffix("?"): kind for wanted, kind in schema.items()}
 
@@ -180,6 +185,7 @@ def _convert(file: RawFile, schema: Schema, stem: Path) -> tuple[list[Path], lis
         nonlocal num_repaired
         for row, values, problem in ROW_READERS[file.kind](file.path, schema):
             repaired = []
+            found.update(dict.fromkeys(values))
             try:
                 if problem is not None:
                     raise problem
@@ -196,8 +202,9 @@ def _convert(file: RawFile, schema: Schema, stem: Path) -> tuple[list[Path], lis
         rows = good_rows()
         while (some := list(islice(rows, ROWS_PER_PART))) or not parts:
             parts.append(stem.with_name(f"{stem.name}-{len(parts)}.parquet"))
-            pl.LazyFrame(some, schema=columns | PLACES, orient="row").sink_parquet(parts[-1])
-    return parts, rejected, num_repaired
+            with writing_scratch():
+                pl.LazyFrame(some, schema=columns | PLACES, orient="row").sink_parquet(parts[-1])
+    return parts, rejected, num_repaired, list(map(whole, found))
 
 
 def _key_of(values: Mapping[str, object], columns: Schema) -> str | None:

@@ -8,12 +8,22 @@ from typing import NamedTuple
 
 import polars as pl
 
-from common.data.table import SCHEMA, reading, scan
+from common.console import say
+from common.data.table import NUM_SHOWN, OF_AN_OUTPUT, SCHEMA, reading, scan, writing_scratch
 from common.files import file_hash
 
-KINDS = {".parquet": "parquet", ".csv": "csv", **dict.fromkeys((".jsonl", ".ndjson", ".json"), "json")}
-COMPRESSIONS = (".gz", ".zst")
-ENDINGS = ("", ".parquet", *(f".{kind}{end}" for kind in ("csv", "jsonl") for end in ("", *COMPRESSIONS)))
+KINDS = {"parquet": "parquet", "csv": "csv", **dict.fromkeys(("jsonl", "ndjson", "json"), "json")}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+ENDING = re.compile(r"\.(?:(parquet)|(csv|jsonl|ndjson|json)(\.gz|\.zst)?)$", re.IGNORECASE)
+"""Of every file that a reader reads, in any case."""
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Word in the name of a file or of a folder around it -> split."""
+SPLIT_WORD = re.compile(rf"(?:^|(?<=[-._/ 0-9]))(?:{'|'.join(SPLITS)})(?=[-._/ 0-9]|$)", re.IGNORECASE)
+"""Source: `datasets/data_files.py`, datasets 5.2."""
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PREFERENCE_SETS = {
     "capybara": "argilla/Capybara-Preferences",  # *_rating (whole), *_model; several turns
@@ -44,8 +54,20 @@ class RawFile(NamedTuple):
 
 def find_raw(folder: Path, *names: str) -> Path | None:
     """The first of some names that is there below `folder`: a folder, or a file with an ending."""
-    places = (folder / f"{name}{ending}" for name in names for ending in ENDINGS)
-    return next((place for place in places if place.exists()), None)
+    there = sorted(folder.iterdir()) if folder.is_dir() else ()
+    places = [place for place in there if ENDING.sub("", place.name) in names and place.exists()]
+    kinds = ["", *KINDS.values()]
+
+    def rank(place: Path) -> tuple[int, int]:
+        return names.index(ENDING.sub("", place.name)), kinds.index(_kind_of(place.name))
+
+    return min(places, key=rank, default=None)
+
+
+def _kind_of(name: str) -> str:
+    """ "parquet", "csv" or "json", by the ending; "" for any other."""
+    found = ENDING.search(name)
+    return KINDS[(found[1] or found[2]).lower()] if found else ""
 
 
 def find_tables(folder: Path) -> tuple[Path, ...]:
@@ -82,8 +104,8 @@ def fetch(inputs: Sequence[str], scratch: Path) -> tuple[RawFile, ...]:
 
     Args:
         inputs: Paths, or hub ids OWNER/NAME (an existing path wins). A folder stands for the Parquets in it,
-            or if there are none the CSV and JSON lines files, by name; where some begin with "train", for
-            those.
+            or if there are none the CSV and JSON lines files, by name; where there are splits, for its train
+            split alone. What is left out is said.
         scratch: Existing folder for temporary files.
 
     Raises:
@@ -115,14 +137,34 @@ def _expanded(name: str) -> Path:
 
 def _files_of(folder: Path) -> list[Path]:
     """A folder's files, as `fetch` takes them; ValueError for what cannot be read, lest its rows be lost."""
-    files = sorted(_walk(folder))
-    parquets = [file for file in files if file.suffix == ".parquet"]
-    found = parquets or [
-        file for file in files if re.search(r"\.(csv|jsonl|ndjson)(\.gz|\.zst)?$", file.name)
-    ]
-    if not found:
+    endings = {file: ENDING.search(file.name) for file in sorted(_walk(folder))}
+    # .json is what describes a data set
+    files = [file for file, found in endings.items() if found and (found[2] or "").lower() != "json"]
+    if not files:
         raise ValueError(f"{folder} holds no Parquet, CSV or JSON lines file; name another folder or a file")
-    return [file for file in found if file.name.startswith("train")] or found
+    splits = {file: _splits_of(file.relative_to(folder).as_posix()) for file in files}
+    found = [file for file in files if splits[file] == {"train"}]
+    found = found or [file for file in files if not splits[file]]
+    if not found and all(splits[file] == _splits_of(folder.name) for file in files):
+        found = files  # a folder of one split that is called so: asked for by name
+    if not found:
+        raise ValueError(
+            f"{folder} holds no train split, but {_listed(files)}; to read these, name the files themselves"
+        )
+    found = [file for file in found if _kind_of(file.name) == "parquet"] or found
+    if left_out := [file for file in files if file not in found]:
+        say(f"{folder}: {len(found)} of {len(files)} files are read; left out: {_listed(left_out)}")
+    return found
+
+
+def _splits_of(name: str) -> set[str]:
+    """data/train-00000.parquet -> {"train"}; validation/a.csv -> {"validation"}; a.csv -> set()"""
+    return {SPLITS[word.lower()] for word in SPLIT_WORD.findall(name)}
+
+
+def _listed(files: Sequence[Path]) -> str:
+    more = f" and {len(files) - NUM_SHOWN:,} more" if len(files) > NUM_SHOWN else ""
+    return ", ".join(map(str, files[:NUM_SHOWN])) + more
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -141,32 +183,38 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _from_hub(name: str, target: Path) -> Path:
     """The train split of a hub data set as Parquet."""
-    if not HUB_ID.fullmatch(name) or name.endswith((*KINDS, *COMPRESSIONS)):
+    if not HUB_ID.fullmatch(name) or ENDING.search(name):
         raise ValueError(
             f"{name} does not exist; expected a file, a folder or a hub id OWNER/NAME: put it there, or name "
             "another"
         )
     import datasets  # slow to import, and only hub ids need it
 
-    try:
-        datasets.load_dataset(name, split="train").to_parquet(target)
+    try:  # no script of a data set is run: datasets 4 and later cannot; the flag says so to any version
+        train = datasets.load_dataset(name, split="train", trust_remote_code=False)
     except Exception as error:  # the library and its network stack raise anything
         reason = (str(error).splitlines() or [""])[0]
+        if OF_AN_OUTPUT.search(reason):
+            raise ValueError(
+                f"{name} was not kept: {reason}; free some space, or set HF_HOME or TMPDIR to another folder"
+            ) from error
         raise ValueError(
             f"{name} is no file here, and was not fetched from the hub: {type(error).__name__}: {reason} "
             "- check the name; accept the licence on its page and run hf auth login if it is gated; offline, "
             "download it elsewhere and name its files"
         ) from error
+    with writing_scratch():
+        train.to_parquet(target)
+    say(f"{name}: its train split, {len(train):,} rows, from the hub")
     return target
 
 
 def _described(name: str, path: Path) -> RawFile:
-    ending = path.with_suffix("").suffix if path.suffix in COMPRESSIONS else path.suffix
-    is_known = ending in KINDS and (ending != ".parquet" or ending == path.suffix)
-    if not path.is_file() or not is_known:
+    if not path.is_file() or not _kind_of(path.name):
         what = "has an ending that is not known" if path.is_file() else "is not a file"
         raise ValueError(
-            f"{path} {what}; expected {', '.join(KINDS)}, the text ones also with {' or '.join(COMPRESSIONS)}"
+            f"{path} {what}; expected .{', .'.join(KINDS)}, the text ones also with "
+            f"{' or '.join(COMPRESSIONS)}"
         )
     if not (size := path.stat().st_size):
         raise ValueError(f"{path} is empty; get the file again")
@@ -176,4 +224,4 @@ def _described(name: str, path: Path) -> RawFile:
         raise ValueError(
             f"the file name {name!r} is not UTF-8, so no manifest holds it; rename it"
         ) from error
-    return RawFile(path, KINDS[ending], {"name": name, "bytes": size, "sha256": file_hash(path)})
+    return RawFile(path, _kind_of(path.name), {"name": name, "bytes": size, "sha256": file_hash(path)})

@@ -13,10 +13,12 @@ from typing import BinaryIO
 import polars as pl
 import pyarrow as pa
 
-from common.data.sources.find import RawFile, columns_of
+from common.data.sources.find import COMPRESSIONS, RawFile, columns_of
 from common.data.table import reading, scan
 from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_cells, check_header_text, read_rows
 
+TRUTHS = {"true": 1.0, "false": 0.0}
+"""Votes of a CSV, in any case."""
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 MAX_NUMBER = 1e300
 """Scores and labels are finite; JSON as Python reads it also has NaN, Infinity and endless integers."""
@@ -82,7 +84,7 @@ def csv_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]:
 
 def _number(cell: str) -> float | str | None:
     """A cell as a number, an empty one as null, another as it is."""
-    return float(cell) if NUMBER.fullmatch(cell) else cell or None
+    return float(cell) if NUMBER.fullmatch(cell) else TRUTHS.get(cell.lower(), cell or None)
 
 
 def parquet_rows(path: Path, schema: Mapping[str, pl.DataType]) -> Iterator[Row]:
@@ -122,7 +124,7 @@ def _csv_header(path: Path) -> list[str]:
 @contextmanager
 def _open_binary(path: Path) -> Iterator[BinaryIO]:
     """A file's bytes, decompressed as they are read."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    compression = COMPRESSIONS.get(path.suffix.lower())
     with io.BufferedReader(pa.input_stream(str(path), compression=compression)) as file:
         yield file
 
@@ -170,8 +172,7 @@ def _conform(value: object, kind: pl.DataType, name: str, repaired: list[str]) -
         text = whole(value)
         repaired += [name] if text != value else []
         return text
-    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    if kind == pl.Float64 and is_number and abs(value) < MAX_NUMBER:
+    if kind == pl.Float64 and isinstance(value, int | float | Decimal) and abs(value) < MAX_NUMBER:
         return float(value)
     raise BadRowError("wrong type", f"{name} is {str(value)[:60]!r}, expected {kind}")
 

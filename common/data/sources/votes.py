@@ -6,7 +6,6 @@ from pathlib import Path
 
 import polars as pl
 
-from common.console import say
 from common.data.sources import PLACES, Raw, check_raw, column_names, open_raw
 from common.data.sources.find import RawFile
 from common.data.table import LABELS, SCHEMA, TEXTS, ReadReport, reading
@@ -38,23 +37,18 @@ def open_competition(files: Sequence[RawFile], source: str, scratch: Path) -> Ra
 
 
 def _schema_of(file: RawFile) -> dict[str, pl.DataType]:
-    found = column_names(file)
-    is_voted_on = file.kind != "json" and any(name in found for name in LABELS)
-    columns = COLUMNS | {f"{name}{'' if is_voted_on else '?'}": pl.Float64() for name in LABELS}
-    used = {name.removesuffix("?") for name in columns}
-    if used & set(found) and (others := [name for name in found if name not in used]):
-        say(f"{file.name}: not used: {', '.join(others)}")
-    return columns
+    is_voted_on = file.kind != "json" and any(name in LABELS for name in column_names(file))
+    return COLUMNS | {f"{name}{'' if is_voted_on else '?'}": pl.Float64() for name in LABELS}
 
 
 def to_comparisons(frame: pl.LazyFrame, *further: str, source: str) -> pl.LazyFrame:
-    """`SCHEMA` (fold null), `PLACES` and `further` columns; "" is no model's name."""
+    """`SCHEMA` (fold null; labels in double), `PLACES` and `further` columns; "" is no model's name."""
     return frame.select(
         "id",
         pl.lit(source).alias("source"),
         *(pl.when(pl.col(name) != "").then(name).alias(name) for name in MODELS),
         *TEXTS,
-        *(pl.col(name).cast(pl.Float32) for name in LABELS),
+        *(pl.col(name).cast(pl.Float64) for name in LABELS),
         pl.lit(None, pl.Int8).alias("fold"),
         *PLACES,
         *further,
