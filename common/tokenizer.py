@@ -33,8 +33,6 @@ ORDINARY = re.compile(rf"[\s▁]*|\w+|.|</?({'|'.join(HTML.split())})/?>")
 BRACKETED = re.compile(r"\s*(<.+>|\[.+\]|\{.+\})\s*", re.DOTALL)
 """The look of a control marker: <|im_end|>, </think>, [INST], <unused7>."""
 
-__all__ = ["DATE", "PROBES", "chat_markup", "load_tokenizer", "split_control", "tokenizer_hash"]
-
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies in a checkpoint folder; Python files of the folder are never run.
@@ -84,7 +82,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return text_hash(vocabulary, merged, special, *probes)
 
 
-def chat_markup(tokenizer: PreTrainedTokenizerBase, *, date: str) -> tuple[str, str, str]:
+def chat_markup(tokenizer: PreTrainedTokenizerBase, *, date: str = DATE) -> tuple[str, str, str]:
     """What the chat template writes before the instruction, between it and the conversation, and after.
 
     Args:
