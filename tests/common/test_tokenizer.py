@@ -293,7 +293,9 @@ def test_a_default_among_named_templates_is_taken():
 def test_python_files_of_a_checkpoint_are_never_run(known, tmp_path, monkeypatch):
     """Whether transformers knows the class or not; asked on standard input, the answer is yes."""
     folder, marker = make_checkpoint(tmp_path / "model", "gemma"), tmp_path / "ran"
-    (folder / "theirs.py").write_text(f"open({str(marker)!r}, 'w')\nclass Theirs: pass\n")
+    (folder / "theirs.py").write_text(
+        f"open({str(marker)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Theirs\n"
+    )
     config = read_json(folder / "tokenizer_config.json") | {
         "auto_map": {"AutoTokenizer": ["theirs.Theirs"] * 2}
     }
