@@ -3,7 +3,8 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Set
+from itertools import groupby
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -118,9 +119,7 @@ def chat_markup(tokenizer: PreTrainedTokenizerBase, *, date: str = DATE) -> tupl
         ) from error
 
 
-def split_control(
-    tokenizer: PreTrainedTokenizerBase, emitted: Sequence[int]
-) -> tuple[Tokenizer, frozenset[int]]:
+def split_control(tokenizer: PreTrainedTokenizerBase, emitted: Set[int]) -> tuple[Tokenizer, frozenset[int]]:
     """The tokenizer's twin for people's texts, in which control tokens are text, and the ids it never gives.
 
     An added token is control if the library calls it special, if the template emits it, or if it looks like
@@ -132,20 +131,25 @@ def split_control(
     Raises:
         ValueError: A text gives the id of a control token all the same.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
+    added = sorted(backend.get_added_tokens_decoder().items())
     control = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
-    for token in state["added_tokens"]:
-        text = token["content"]
+    for i, token in added:
+        text = token.content
         is_markup = BRACKETED.fullmatch(text) or text in tokenizer.get_chat_template()
-        is_emitted = token["id"] in emitted and text.strip("▁ \t\r\n")
-        if token["special"] or is_emitted or (is_markup and not ORDINARY.fullmatch(text)):
-            control[token["id"]], token["special"] = text, True
-    state["truncation"] = state["padding"] = None
-    twin = Tokenizer.from_str(json.dumps(state))
+        is_emitted = i in emitted and text.strip("▁ \t\r\n")
+        if token.special or is_emitted or (is_markup and not ORDINARY.fullmatch(text)):
+            control[i] = text
+    twin = Tokenizer(backend.model)  # shares the model: a copy of a large vocabulary takes seconds
+    twin.normalizer, twin.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+    for is_control, group in groupby(added, key=lambda pair: pair[0] in control):
+        add = twin.add_special_tokens if is_control else twin.add_tokens
+        add([token for _, token in group])
     twin.encode_special_tokens = True
+    assert all(twin.token_to_id(token.content) == i for i, token in added)
     never = set(control)
     if list(tokenizer.special_tokens_map.values()).count(tokenizer.unk_token) == 1:
-        never -= {tokenizer.unk_token_id} - set(emitted)  # what an unknown character gives, and nothing else
+        never -= {tokenizer.unk_token_id} - emitted  # what an unknown character gives, and nothing else
     texts = [UNKNOWN, *(form for text in control.values() for form in (text, f" a{text}b\n{text}{text} "))]
     for text, encoding in zip(texts, twin.encode_batch(texts, add_special_tokens=False), strict=True):
         if given := never & set(encoding.ids):
