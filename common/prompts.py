@@ -108,7 +108,7 @@ class Prompter:
         self._assemble(instruction)
         layout = self._layout_hash()
         self.template_hash = text_hash(*PIECES, *chat, tokenizer_hash(tokenizer), repr(sorted(never)), layout)
-        self.prompt_hash = text_hash(self.template_hash, instruction, str(conversation_tokens), date)
+        self.prompt_hash = text_hash(self.template_hash, instruction, str(conversation_tokens))
         if conversation_tokens < (least := self._least_budget()):
             raise ValueError(
                 f"conversation_tokens is {conversation_tokens}, but headings and the least of one turn need "

@@ -91,12 +91,12 @@ SHAPES = {  # control markers by whether the tokenizer calls them special, ordin
     ),
     "chatml": (
         ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|repo_name|>"],
+        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "]~b]", "assistant"],
         [],
         """\
 {% for message in messages %}\
 {{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}\
-{% if message.tool_calls %}{{ '<tool_call>' }}{% endif %}{% endfor %}\
+{% if message.tool_calls %}{{ '<tool_call>]~b]' }}{% endif %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}""",
     ),
 }

@@ -107,7 +107,10 @@ def merging_bpe():
 
 
 def unknown_is_the_end():
-    backend = Tokenizer(models.BPE({"</s>": 0, "a": 1}, [], unk_token="</s>"))
+    letters = [chr(i) for i in range(32, 127)]
+    backend = Tokenizer(
+        models.BPE({text: i for i, text in enumerate(["</s>", *letters])}, [], unk_token="</s>")
+    )
     return wrapped(backend, unk_token="</s>", eos_token="</s>")
 
 
