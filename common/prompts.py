@@ -7,15 +7,16 @@ PAB:   for every turn: the user's text, answer A, answer B.
 PAPB:  the whole conversation with A, then the whole conversation with B.
 """
 
-import json
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from jinja2 import TemplateError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from common.batching import pack
 from common.files import text_hash
+from common.tokenizer import DATE, PROBES, chat_markup, split_control, tokenizer_hash
 
 Format = Literal["PAB", "PAPB"]
 FORMATS: tuple[Format, ...] = ("PAB", "PAPB")
@@ -38,16 +39,14 @@ PIECES = (
     *(OMITTED, CUT, NULL_TURN, VERDICT),
 )
 
-INSTRUCTION_SLOT = "@@instruction@@"
-CONVERSATION_SLOT = "@@conversation@@"
-# Behaviour that a vocabulary alone does not show: spaces, digits, casing, bytes, markup typed by a user.
-PROBES = (
-    "Hello  world\n\t3.14",
-    "naïve 東京 🦙",
-    "<bos><end_of_turn><|eot_id|>",
-    "    def f(x):\r\n",
-    "\ufffd\x00",
+NO_BUDGET = 2**40
+"""Tokens that no conversation has."""
+LAYOUT_PROBES = (  # several turns, of them a null; answers that must be cut and then are alike; odd text
+    (["Why?", None, "so " * 9], ["Because.", "", "a " * 40 + "!"], ["No \ud800.", "1, 2", "b " * 20]),
+    ([PROBES[0]], ["x " * 200 + "good" + " y" * 200], ["x " * 200 + "bad" + " y" * 200]),
+    (["\n".join(PROBES)], ["\n".join(PIECES)], [""]),
 )
+"""Comparisons whose sequences tell one layout from another."""
 
 
 class TokenisedComparison(NamedTuple):
@@ -77,9 +76,11 @@ class Prompter:
         conversation_tokens: Budget in tokens of the conversation: turns, answers and their headings. In PAPB
             each side has half of it. Chat markup, instruction and verdict cue come on top.
         instruction: What the model is asked; its text never becomes control tokens.
+        date: Today, for a chat template that writes it: YYYY-MM-DD.
 
     Raises:
-        ValueError: No chat template, or a budget too small to show both answers of one turn.
+        ValueError: The chat template or the tokenizer cannot be used (`common.tokenizer` says when), or the
+            budget is too small to show both answers of one turn.
     """
 
     def __init__(
@@ -88,20 +89,31 @@ class Prompter:
         *,
         conversation_tokens: int,
         instruction: str = INSTRUCTION,
+        date: str = DATE,
     ) -> None:
         self.tokenizer = tokenizer
         self.conversation_tokens = conversation_tokens
         self.instruction = instruction
-        before, between, after = _chat_markup(tokenizer)
+        self.date = date
+        chat = chat_markup(tokenizer, date=date)
+        self._around = [self._markup(part) for part in chat]
+        self._around[0] = _bos(tokenizer, self._around[0])
+        emitted = {i for ids in self._around for i in ids}
+        self._twin, never = split_control(tokenizer, emitted)
+        self.highest_id = max(emitted | set(self._twin.get_vocab().values()) - never)
+        """Of all ids that a text or the template can give."""
         self._ids = {piece: self._markup(piece) for piece in PIECES}
-        [instruction_ids] = self._plain([instruction])
-        self.prefix_ids = [*_bos(tokenizer, self._markup(before)), *instruction_ids, *self._markup(between)]
-        self.suffix_ids = [*self._ids[VERDICT], *self._markup(after)]
-        self.template_hash = text_hash(*PIECES, before, between, after, tokenizer_hash(tokenizer))
-        self.prompt_hash = text_hash(self.template_hash, instruction, str(conversation_tokens))
         # A cut text keeps the marker and one token on either side.
         self._least_text = len(self._ids[CUT]) + 2
-        self._check_budget()
+        self._assemble(instruction)
+        layout = self._layout_hash()
+        self.template_hash = text_hash(*PIECES, *chat, tokenizer_hash(tokenizer), repr(sorted(never)), layout)
+        self.prompt_hash = text_hash(self.template_hash, instruction, str(conversation_tokens))
+        if conversation_tokens < (least := self._least_budget()):
+            raise ValueError(
+                f"conversation_tokens is {conversation_tokens}, but headings and the least of one turn need "
+                f"{least} tokens with this tokenizer; raise --conversation-tokens"
+            )
 
     def tokenise(
         self, comparisons: Sequence[tuple[Sequence[str | None], Sequence[str | None], Sequence[str | None]]]
@@ -151,19 +163,41 @@ class Prompter:
             "prompt_hash": self.prompt_hash,
             "instruction": self.instruction,
             "conversation_tokens": self.conversation_tokens,
+            "date": self.date,
         }
+
+    def _assemble(self, instruction: str) -> None:
+        """Lays what stands before and after every conversation."""
+        before, between, after = self._around
+        [instruction_ids] = self._plain([instruction])
+        self.prefix_ids = [*before, *instruction_ids, *between]
+        self.suffix_ids = [*self._ids[VERDICT], *after]
+
+    def _layout_hash(self) -> str:
+        """What this code makes of fixed comparisons, whatever the instruction and the budget are."""
+        probe = copy.copy(self)
+        probe._assemble(PROBES[2])
+        sequences, flags = [], []
+        for budget in (self._least_budget(), 2 * self._least_budget(), NO_BUDGET):
+            probe.conversation_tokens = budget
+            for comparison in probe.tokenise(LAYOUT_PROBES):
+                for format in FORMATS:
+                    for swapped in (False, True):
+                        ids, *more = probe.render(comparison, format=format, swapped=swapped)
+                        sequences.append(ids)
+                        flags.append(more)
+        packed = [x if isinstance(x, int) else x.tolist() for x in pack(sequences)]
+        return text_hash(repr(flags), repr(packed))
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of people's texts; markup inside them stays text."""
-        if not texts:
-            return []
-        return self.tokenizer(
-            list(texts), add_special_tokens=False, split_special_tokens=True, verbose=False
-        ).input_ids
+        return [one.ids for one in self._twin.encode_batch(list(texts), add_special_tokens=False)]
 
     def _markup(self, text: str) -> list[int]:
         """Token ids of our own template text, in which control tokens are meant."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+        if not text:
+            return []
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
 
     def _lay_out(
         self, turns: Sequence[tuple[list[int], ...]], headings: tuple[str, ...], budget: int
@@ -211,15 +245,12 @@ class Prompter:
         head = (around + 1) // 2
         return text[:head] + self._ids[CUT] + text[len(text) - (around - head) :]
 
-    def _check_budget(self) -> None:
+    def _least_budget(self) -> int:
+        """Tokens of headings and the least of one turn, in either format."""
         ids, least = self._ids, self._least_turn(3)
         pab = sum(len(ids[p]) for p in (OMITTED, USER, ANSWER_A, ANSWER_B, END_OF_TURN)) + least
         side = sum(len(ids[p]) for p in (OMITTED, CONVERSATION_B, USER, ANSWER_B, END_OF_TURN)) + least
-        if self.conversation_tokens < max(pab, 2 * side):
-            raise ValueError(
-                f"conversation_tokens is {self.conversation_tokens}, but headings and the least of one turn "
-                f"need {max(pab, 2 * side)} tokens with this tokenizer; raise --conversation-tokens"
-            )
+        return max(pab, 2 * side)
 
 
 def cut_lengths(lengths: Sequence[int], budget: int, least: int) -> list[int]:
@@ -263,71 +294,6 @@ def read_instruction(path: Path | None) -> str:
     if not text:
         raise ValueError(f"--instruction {path} is empty")
     return text
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies in a checkpoint folder.
-
-    Raises:
-        ValueError: There is none, or its files cannot be read.
-    """
-    # Without these files transformers makes up an empty vocabulary instead of failing.
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise ValueError(
-            f"{folder} has no tokenizer.json; fetch the checkpoint again, or copy its tokenizer's files there"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # a broken file makes the libraries raise anything, a bare Exception included
-        raise ValueError(
-            f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}. "
-            "Fetch the checkpoint again, or copy the tokenizer's files into it"
-        ) from error
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Identity of a tokenizer by what it does: vocabulary, merges, control tokens, and ids of probe texts.
-
-    The serialised form as a whole is not hashed: it changes between library versions.
-    """
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"].get("merges", [])
-    merged = "\n".join(pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
-    vocabulary = "\n".join(f"{token!r} {i}" for token, i in sorted(tokenizer.get_vocab().items()))
-    special = repr(sorted(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)))
-    probes = [
-        repr(tokenizer(probe, add_special_tokens=False, split_special_tokens=split).input_ids)
-        for probe in PROBES
-        for split in (False, True)
-    ]
-    return text_hash(vocabulary, merged, special, *probes)
-
-
-def _chat_markup(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """What the chat template writes before the instruction, between it and the conversation, and after."""
-    if not tokenizer.chat_template:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; use an instruction-tuned "
-            "model, or add chat_template.jinja to its folder"
-        )
-    user = {"role": "user", "content": CONVERSATION_SLOT}
-    try:
-        text = _apply(tokenizer, [{"role": "system", "content": INSTRUCTION_SLOT}, user])
-    except TemplateError:  # such as Gemma's: "System role not supported"
-        text = ""
-    if INSTRUCTION_SLOT not in text:
-        user = {"role": "user", "content": f"{INSTRUCTION_SLOT}\n\n{CONVERSATION_SLOT}"}
-        text = _apply(tokenizer, [user])
-    before, found, rest = text.partition(INSTRUCTION_SLOT)
-    between, found_too, after = rest.partition(CONVERSATION_SLOT)
-    if not (found and found_too):
-        raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} drops or reorders the user's message: {text!r}"
-        )
-    return before, between, after
-
-
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:

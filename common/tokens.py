@@ -11,17 +11,15 @@ import polars as pl
 import pyarrow as pa
 from accelerate import Accelerator
 
-from common.batching import FILLER_ROW, Sample
+from common.batching import FILLER_ROW, Sample, VarlenCollator
 from common.console import progress
-from common.data.table import ORDERS, TEXTS, Order, labels_array, table_hash
+from common.data.table import ORDERS, SCHEMA, TEXTS, Order, labels_array, table_hash
 from common.files import read_json, replacing_folder, text_hash, write_json
-from common.prompts import FORMATS, Format, Prompter
+from common.prompts import FORMATS, NO_BUDGET, Format, Prompter
 
 Swap = Literal["full", "random", "none"]
 Orders = tuple[Order, ...] | Literal["random"]
 ROWS_PER_CHUNK = 512
-NO_BUDGET = 2**40
-"""Tokens that no conversation has."""
 
 COLUMNS = pa.schema(
     {
@@ -130,7 +128,8 @@ def tokenise(
         Sequences in the order (source, id), format, order.
     """
     frame = frame.sort("source", "id")
-    key = text_hash(table_hash(frame), prompter.prompt_hash, repr(tuple(formats)), repr(orders), str(seed))
+    settings = (repr(tuple(formats)), repr(orders), str(seed))
+    key = text_hash(table_hash(frame), prompter.prompt_hash, packing_hash(prompter), *settings)
     folder = cache / key[:20]
     if (accelerator is None or accelerator.is_main_process) and not (folder / "info.json").is_file():
         with replacing_folder(folder) as temporary:
@@ -138,7 +137,26 @@ def tokenise(
             write_json(temporary / "info.json", {"key": key, **prompter.describe()})
     if accelerator is not None:
         accelerator.wait_for_everyone()
-    dataset, columns = _read(folder, key, len(frame))
+    return _sequences(frame, *_read(folder, key, len(frame)))
+
+
+def packing_hash(prompter: Prompter) -> str:
+    """What this code makes of a fixed table with this prompt: variants, their labels, the packed batch."""
+    texts = [[str(i)] for i in range(8)]
+    rows = [(str(i), "probe", None, None, *texts[i : i + 3], 0.5, 0.375, 0.125, None) for i in range(6)]
+    frame = pl.DataFrame(rows, schema=SCHEMA, orient="row")
+    records = [
+        record
+        for orders in (ORDERS, orders_of("random"))
+        for record in _variants(frame, 0, prompter, FORMATS, orders, seed=0)
+    ]
+    dataset = datasets.Dataset(pa.Table.from_pylist(records, schema=COLUMNS)).with_format("numpy")
+    sequences = _sequences(frame, dataset, {name: np.array(dataset[name]) for name in COLUMNS.names[:-1]})
+    batch = VarlenCollator()(sequences.__getitems__(range(len(sequences))))
+    return text_hash(repr([x if isinstance(x, int) else x.tolist() for x in (*batch, sequences.variant)]))
+
+
+def _sequences(frame: pl.DataFrame, dataset: datasets.Dataset, columns: dict[str, np.ndarray]) -> Sequences:
     return Sequences(
         frame=frame,
         dataset=dataset.select_columns("input_ids"),

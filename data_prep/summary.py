@@ -65,7 +65,8 @@ def main(args: Args) -> None:
     prompter = None
     if args.checkpoint:
         from common.models.zoo import find_checkpoint  # torch and all: seconds to import
-        from common.prompts import Prompter, load_tokenizer
+        from common.prompts import Prompter
+        from common.tokenizer import load_tokenizer
         from common.tokens import count_tokens
 
         tokenizer = load_tokenizer(find_checkpoint(args.checkpoint, weights=False))

@@ -26,15 +26,16 @@ from common.console import cli, say, show_table
 from common.data.table import LABELS, Order, is_labelled, labels_array, scan
 from common.files import file_hash, read_json, replacing_folder, write_json
 from common.models import checkpoint_hash, load_model, save_checkpoint
-from common.prompts import load_tokenizer
 from common.runs import code_hash
 from common.score.calibration import cross_fit_weights
 from common.score.ensemble import contributed, interval, read_group
+from common.tokenizer import load_tokenizer
 from common.trained import open_prompter
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVED = (
-    *("__init__", "files", "console", "batching", "ops", "models", "prompts", "trained"),
+    *("__init__", "files", "console", "batching", "ops", "models"),
+    *("chat_template", "tokenizer", "prompts", "trained"),
     *("data/__init__", "data/table", "data/votes_csv", "score/__init__", "score/metrics"),
 )
 """Modules of `common` that the notebook needs."""

@@ -12,6 +12,7 @@ import polars as pl
 import torch
 import xxhash
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Gemma2Config,
     Gemma2ForSequenceClassification,
@@ -61,6 +62,83 @@ FAMILIES = {"gemma": (GEMMA_CONTROL, GEMMA_TEMPLATE), "llama": (LLAMA_CONTROL, L
 def make_tokenizer(family: str) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of a few hundred tokens in the form of a published one."""
     return train_tokenizer([" ".join(WORDS)] * 3, *FAMILIES[family])
+
+
+SHAPES = {  # control markers by whether the tokenizer calls them special, ordinary added tokens, template
+    "gemma": (
+        ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"],
+        ["<mask>", "[@BOS@]", "<unused7>"],
+        ["\n\n", "\n\n\n", "▁▁", "▁▁▁▁", "<table>", "</table>", "<h1>", "<b>"],
+        GEMMA_TEMPLATE,
+    ),
+    "llama": (
+        ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        ["<|python_tag|>", "[TOOL_CALLS]", "<<SYS>>"],
+        [],
+        """\
+{{ bos_token }}{% if not date_string is defined %}\
+{% if strftime_now is defined %}{% set date_string = strftime_now("%d %b %Y") %}\
+{% else %}{% set date_string = "26 Jul 2024" %}{% endif %}{% endif %}\
+{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}\
+{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}\
+{{ '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\n' }}\
+{{ 'Today Date: ' + date_string + '\\n\\n' + system + '<|eot_id|>' }}\
+{% for message in messages %}{% if message.tool_calls %}{{ '<|python_tag|>' }}{% endif %}\
+{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}\
+{{ message.content | trim + '<|eot_id|>' }}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}""",
+    ),
+    "chatml": (
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|fim_prefix|>", "]~b]", "assistant"],
+        [],
+        """\
+{% for message in messages %}\
+{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}\
+{% if message.tool_calls %}{{ '<tool_call>]~b]' }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}""",
+    ),
+}
+
+
+def make_shaped_tokenizer(shape: str) -> PreTrainedTokenizerFast:
+    """A few hundred tokens, built as the published tokenizers of Gemma, Llama 3.1 and ChatML (Qwen) are.
+
+    Gemma's is SentencePiece's BPE with bytes, Llama's takes whole words of its vocabulary (`ignore_merges`).
+    """
+    special, markers, ordinary, template = SHAPES[shape]
+    tokenizer = Tokenizer(models.BPE())
+    if shape == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        held, alphabet = [*special, *markers, *ordinary, *(f"<0x{i:02X}>" for i in range(256))], []
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        held, alphabet = [], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=held, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS) + " < > | / [ ] _"] * 3, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = []
+    state["model"] |= {
+        "gemma": {"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"},
+        "llama": {"ignore_merges": True},
+        "chatml": {},
+    }[shape]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in (*markers, *ordinary)])
+    names = ["pad_token", "eos_token", "bos_token", "unk_token"] if shape == "gemma" else []
+    names = {"llama": ["bos_token", "eos_token"], "chatml": ["eos_token"]}.get(shape, names)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=template, **dict(zip(names, special, strict=False))
+    )
 
 
 def make_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:

@@ -16,14 +16,15 @@ from common import models
 from common.console import say, show_table
 from common.data.held_out import unseen
 from common.data.table import LABELS, labels_array, table_hash, write_table
-from common.prompts import Prompter, load_tokenizer, read_instruction
+from common.prompts import Prompter, read_instruction
 from common.runs import Run
 from common.score.metrics import prior_log_loss, score
 from common.score.predict import predict_orders
-from common.tokens import Sequences, orders_of, tokenise
+from common.tokens import Sequences, orders_of, packing_hash, tokenise
 from common.train.fit import num_never_taken, plan_steps
 from common.train.launch import is_fsdp, leave, place, start
 from common.train.recipe import Execution, Recipe, Training
+from common.trained import make_prompter
 
 NUM_LENGTH_BINS = 60
 """Of the histogram of sequence lengths in sequences.json."""
@@ -71,15 +72,17 @@ def open_parent(checkpoint: str, recipe: Recipe, *, instruction: Path | None, tr
         instruction: Text file with another instruction.
 
     Raises:
-        ValueError: There is none, or it was trained with another template or tokenizer.
+        ValueError: There is none, its tokenizer cannot be used or has tokens without an embedding, or it was
+            trained with another template or tokenizer.
     """
     folder = models.find_checkpoint(checkpoint, weights=not training.dry_run)
-    prompter = Prompter(
-        load_tokenizer(folder),
+    preference = models.read_preference(folder)
+    prompter = make_prompter(
+        folder,
         conversation_tokens=recipe.conversation_tokens,
         instruction=read_instruction(instruction),
+        preference=preference,
     )
-    preference = models.read_preference(folder)
     theirs = prompter.template_hash if preference is None else preference["prompt"]["template_hash"]
     if theirs != prompter.template_hash:
         raise ValueError(
@@ -112,6 +115,7 @@ def open_run(
             "train": table_hash(train),
             "held_out": None if held_out is None else table_hash(held_out),
             "prompt": parent.prompter.prompt_hash,
+            "packing": packing_hash(parent.prompter),
         }
     broadcast_object_list(inputs)
     return Run.open(output, recipe={"stage": stage, "model": model, **asdict(recipe)}, inputs=inputs[0])

@@ -15,12 +15,12 @@ FLOORS = (  # a room may import those of the floors above it, and those that sta
     ("ops",),
     ("models",),
     ("data",),
-    ("prompts", "tokens", "trained"),
+    ("chat_template", "tokenizer", "prompts", "tokens", "trained"),
     ("score",),
     ("train",),
     ("report",),
 )
-MAX_ARROWS = 29
+MAX_ARROWS = 35
 
 
 def imports(path: Path) -> set[str]:
@@ -145,7 +145,8 @@ for name in {SERVED}:
 from pathlib import Path
 from common.batching import pack
 from common.models import load_model
-from common.prompts import Prompter, load_tokenizer
+from common.prompts import Prompter
+from common.tokenizer import load_tokenizer
 folder = Path(sys.argv[3])
 model = load_model(folder, device="cpu", ops="auto")
 prompter = Prompter(load_tokenizer(folder), conversation_tokens=128)

@@ -14,7 +14,8 @@ from bundle_manifest import MANIFEST, VERIFICATION, files_of, seal
 from common.data.table import LABELS
 from common.files import file_hash, read_json, write_json
 from common.models import load_model, save_checkpoint
-from common.prompts import Prompter, load_tokenizer
+from common.prompts import Prompter
+from common.tokenizer import load_tokenizer
 
 ROWS = [
     ("7", ["which fox runs"], ["the red fox"], ["a lazy dog sleeps over the hill"]),

@@ -132,6 +132,13 @@ def reseal_with_another_prior(artifacts):
             "common/prompts.py",
             "return Rendered([*self.prefix_ids, *body, *self.suffix_ids]",
             "return Rendered([*self.prefix_ids, *body[1:], *self.suffix_ids]",
+            "was trained with prompt",
+            id="a changed rendering",
+        ),
+        pytest.param(
+            "infer.py",
+            'prompter.render(c, format=format, swapped=order == "swapped")',
+            'prompter.render(c, format=format, swapped=order != "swapped")',
             "token ids equal the stages': .* differ, first",
             id="a changed rendering that no hash shows",
         ),
