@@ -24,20 +24,18 @@ UNLISTED = {MANIFEST, VERIFICATION, "dataset-metadata.json"}
 """Files of a bundle that its manifest does not list: itself, what is written about it, the client's own."""
 FORMAT = 1
 
-PER_CLASS = list_of(number(-1e6, 1e6), len(LABELS))
-MANIFEST_RULES = {
+OBJECT = (lambda value: isinstance(value, dict), "an object")
+HASHES = (lambda value: OBJECT[0](value) and all(map(SHA256[0], value.values())), "a sha256 of every file")
+RULES = {
     "format": (lambda value: value == FORMAT, f"{FORMAT}, which this code reads"),
     "classes": (lambda value: value == list(LABELS), f"the class order {list(LABELS)}"),
-    "files": (
-        lambda value: isinstance(value, dict) and all(map(SHA256[0], value.values())),
-        "the sha256 of every file by its name",
-    ),
+    "files": HASHES,
     "prior": list_of(number(0, 1), len(LABELS)),
-    "models": list_of((lambda value: isinstance(value, dict), "an object")),
-    "scaling": or_null((lambda value: isinstance(value, dict), "an object")),
-    "requirements.libraries": (lambda value: isinstance(value, dict), "versions by library"),
-    "requirements.kernel": (lambda value: isinstance(value, dict), "versions by library"),
+    "models": list_of(OBJECT),
+    "scaling": or_null(OBJECT),
+    **dict.fromkeys(("requirements.libraries", "requirements.kernel"), OBJECT),
 }
+SCALING_RULES = dict.fromkeys(("scaling.scale", "scaling.bias"), list_of(number(-1e6, 1e6), len(LABELS)))
 MODEL_RULES = {
     **dict.fromkeys(("name", "folder", "format", "checkpoint"), TEXT),
     **dict.fromkeys(("template_hash", "checkpoint_hash"), SHA256),
@@ -57,10 +55,9 @@ def read_manifest(bundle: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{bundle} has no {MANIFEST}: it is not a bundle; build one with just submit")
     manifest = read_json(confined(bundle, MANIFEST))
-    check_fields(path, manifest, MANIFEST_RULES, way_out=WAY_OUT)
+    check_fields(path, manifest, RULES, way_out=WAY_OUT)
     if manifest["scaling"] is not None:
-        rules = {"scaling.scale": PER_CLASS, "scaling.bias": PER_CLASS}
-        check_fields(path, manifest, rules, way_out=WAY_OUT)
+        check_fields(path, manifest, SCALING_RULES, way_out=WAY_OUT)
     for model in manifest["models"]:
         check_fields(path, model, MODEL_RULES, way_out=WAY_OUT)
         if f"{model['folder']}/config.json" not in manifest["files"]:

@@ -130,8 +130,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def _rules(found: dict) -> dict[str, Rule]:
-    """What the fields of a config may hold, those that a family does not have left out."""
-    key_value_heads = found.get("num_key_value_heads")
+    """What the fields of a config may hold; a family does not have them all."""
+    key_value_heads, layers = found.get("num_key_value_heads"), found.get("num_hidden_layers")
     rules = {
         **dict.fromkeys(("vocab_size", "intermediate_size", "num_key_value_heads"), SIZE),
         "hidden_size": number(2, 2**24, whole=True),
@@ -143,14 +143,12 @@ def _rules(found: dict) -> dict[str, Rule]:
         "head_dim": (lambda width: SIZE[0](width) and width % 2 == 0, f"{SIZE[1]}, and even"),
         "rms_norm_eps": POSITIVE,
         "rope_parameters.rope_theta": POSITIVE,
-    }
-    optional = {
         "query_pre_attn_scalar": POSITIVE,
         "sliding_window": or_null(SIZE),
         "attn_logit_softcapping": or_null(POSITIVE),
-        "layer_types": or_null(list_of(KIND, found.get("num_hidden_layers"))),
+        "layer_types": or_null(list_of(KIND, layers)),
     }
-    return rules | {name: rule for name, rule in optional.items() if name in found}
+    return {name: rule for name, rule in rules.items() if name.split(".")[0] in found}
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, Any]:

@@ -23,8 +23,7 @@ DROPPED = (  # published tensors that a preference model has no use for
     "*.rotary_emb.inv_freq",  # a constant that old checkpoints store
 )
 
-
-AGAIN = "fetch or copy its files again from where they came"
+AGAIN = "fetch or copy its files again from where they came, or take another checkpoint"
 TOGETHER = "take config.json and weights from one place"
 RESAVE = (
     "in Python, transformers.AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) writes a folder "
@@ -35,30 +34,21 @@ MERGE = (
     ".merge_and_unload().save_pretrained(NEW), and copy the tokenizer's files to NEW"
 )
 UNQUANTISED = "quantised checkpoints are not read: take the unquantised one that it was made from"
+UNFINISHED = "preference.json is missing: the checkpoint was was not saved or copied whole; do that again"
 
-OTHER_FORMATS = (  # files that lie where config.json or the weights do not
-    (("adapter_config.json", "adapter_model.*"), f"the folder holds an adapter alone: {MERGE}"),
-    (("*.gguf",), "GGUF files are not read: take the safetensors checkpoint that they were made from"),
-    (("*.bin", "*.bin.index.json", "*.pt", "*.pth"), f"pickled weights are not opened here: {RESAVE}"),
-)
-UNEXPECTED = (  # names of tensors that are in no model here, the more particular first
-    (
-        ("head.dense.*", "head.out.*"),
-        "preference.json is missing: saving this checkpoint did not finish, or the folder was not copied "
-        "whole; give its stage's command again, or copy it again",
-    ),
-    (("*lora_*",), f"it belongs to an adapter: {MERGE}"),
-    (
-        ("*v_head.*", "*value_head*", "*reward_head*", "*score*", "head.*", "classifier.*"),
-        f"it is a reward model's own head, which has no use here; leave it out: {RESAVE}",
-    ),
-    (
-        ("*.qweight", "*.qzeros", "*.scales", "*.g_idx", "*.SCB", "*.absmax", "*quant_*", "*_scale*"),
-        UNQUANTISED,
-    ),
-    (("*.bias",), "layers with biases are not computed here: take a checkpoint that has none"),
-    (("layers.*", "embed_tokens.*", "norm.*"), f"the backbone was saved without the prefix model.: {RESAVE}"),
-)
+OTHER_FORMATS = {  # what may lie in a folder without config.json or weights -> the way out
+    "adapter_*": f"the folder holds an adapter alone: {MERGE}",
+    "*.gguf": "GGUF files are not read: take the safetensors checkpoint that they were made from",
+    "pytorch_model*.bin*": f"pickled weights are not opened here: {RESAVE}",
+}
+UNEXPECTED = {  # names of tensors that no model here has -> the way out, the more particular first
+    "head.dense.* head.out.*": f"{UNFINISHED}, by its stage's command or from its folder",
+    "*lora_*": f"it belongs to an adapter: {MERGE}",
+    "*v_head.* *value_head* *reward_head* *score* head.* classifier.*": f"a reward head: {RESAVE}",
+    "*.qweight *.qzeros *.scales *.g_idx *.SCB *.absmax *quant_* *_scale*": UNQUANTISED,
+    "*.bias": "layers with biases are not computed here: take a checkpoint that has none",
+    "layers.* embed_tokens.* norm.*": f"the backbone was saved without the prefix model.: {RESAVE}",
+}
 
 
 def read_weights(
@@ -126,10 +116,8 @@ def weight_files(folder: Path) -> list[str]:
 
 def instead(folder: Path) -> str:
     """The way out for a folder without config.json or without weights, by what else it holds."""
-    for patterns, way_out in OTHER_FORMATS:
-        if any(any(folder.glob(pattern)) for pattern in patterns):
-            return way_out
-    return f"the folder holds no checkpoint in safetensors, or not all of it: {AGAIN}"
+    found = (way_out for pattern, way_out in OTHER_FORMATS.items() if any(folder.glob(pattern)))
+    return next(found, f"{AGAIN}; where only pytorch_model.bin is published, {RESAVE}")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
@@ -148,8 +136,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
 
 def _check_stored(path: Path, name: str, stored: torch.Tensor, expected: Mapping[str, torch.Tensor]) -> None:
     if name not in expected:
-        cases = (case for names, case in UNEXPECTED if any(fnmatchcase(name, one) for one in names))
-        reason = next(cases, "no such tensor is computed here: take another checkpoint, or " + TOGETHER)
+        cases = (way for cases, way in UNEXPECTED.items() if any(fnmatchcase(name, c) for c in cases.split()))
+        reason = next(cases, f"no such tensor is computed here: take another checkpoint, or {TOGETHER}")
         raise ValueError(f"{path}: unexpected tensor {name} of shape {list(stored.shape)}; {reason}")
     if stored.shape != expected[name].shape:
         raise ValueError(

@@ -48,12 +48,8 @@ def checkpoint_files(folder: Path) -> list[str]:
     Raises:
         ValueError: One of them is not a regular file below the folder.
     """
-    names = {
-        path.relative_to(folder).as_posix()
-        for pattern in SMALL_FILES
-        for path in folder.glob(pattern)
-        if not path.is_dir()
-    }
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if not path.is_dir()}
+    names = {path.relative_to(folder).as_posix() for path in found}
     names |= {file for file in weight_files(folder) if (folder / file).exists()}
     for name in names:
         confined(folder, name)

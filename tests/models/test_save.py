@@ -111,7 +111,7 @@ def test_an_interrupted_save_is_no_checkpoint(published, tokenizer, tmp_path, mo
                     max_shard_bytes=6_000,
                 )
             monkeypatch.undo()
-            with pytest.raises(ValueError, match=r"preference.json is missing: saving .* did not finish"):
+            with pytest.raises(ValueError, match=r"preference.json is missing: .* was not saved"):
                 load_model(tmp_path)
         save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference=make_preference())
         assert_same(load_model(tmp_path), model)
