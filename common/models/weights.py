@@ -34,7 +34,7 @@ MERGE = (
     ".merge_and_unload().save_pretrained(NEW), and copy the tokenizer's files to NEW"
 )
 UNQUANTISED = "quantised checkpoints are not read: take the unquantised one that it was made from"
-UNFINISHED = "preference.json is missing: the checkpoint was was not saved or copied whole; do that again"
+UNFINISHED = "preference.json is missing: the checkpoint was not saved or copied whole; do that again"
 
 OTHER_FORMATS = {  # what may lie in a folder without config.json or weights -> the way out
     "adapter_*": f"the folder holds an adapter alone: {MERGE}",
