@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaModel
 
 from common.files import file_hash
 from common.models import checkpoint as saving
-from common.models import checkpoint_hash, find_checkpoint, load_model, read_preference, save_checkpoint
+from common.models import (
+    checkpoint_hash,
+    families,
+    find_checkpoint,
+    load_model,
+    read_preference,
+    save_checkpoint,
+)
 from common.models import weights as weight_files
 from common.prompts import load_tokenizer
 
@@ -209,7 +216,17 @@ GEMMA = (
     *(("attn_logit_softcapping", value) for value in (float("nan"), 0.0, -50.0, "50")),
     *(("query_pre_attn_scalar", value) for value in (0, -1, "x")),
     *(("sliding_window", value) for value in (0, -1, "16", 1.5)),
-    *(("layer_types", value) for value in (["full_attention"], ["full_attention"] * 3, ["a", "b"], "ab", 2)),
+    *(
+        ("layer_types", value)
+        for value in (
+            ["full_attention"],
+            ["full_attention"] * 3,
+            ["chunked_attention"] * 2,
+            ["a", "b"],
+            "ab",
+            2,
+        )
+    ),
 )
 
 
@@ -223,6 +240,14 @@ def test_an_absurd_config(published, tmp_path, family, field, value):
     for materialise in (False, True):
         with pytest.raises(ValueError, match=r"config\.json"):
             load_model(tmp_path / "spoilt", materialise=materialise)
+
+
+def test_what_only_a_later_transformers_refuses_by_itself():
+    rules = families._rules({"head_dim": 7, "layer_types": [], "num_hidden_layers": 2})
+    assert rules["head_dim"][0](8) and not rules["head_dim"][0](7)
+    fits = rules["layer_types"][0]
+    assert fits(["full_attention", "sliding_attention"]) and not fits(["full_attention"])
+    assert not fits(["full_attention", "chunked_attention"])
 
 
 def test_a_wide_head_is_not_drawn_before_the_files_have_shown_the_width(folder, monkeypatch):
