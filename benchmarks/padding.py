@@ -49,7 +49,7 @@ def main(args: Args) -> None:
     ours = load_model(args.checkpoint, dtype=dtype, device=args.device)
     ids = [torch.from_numpy(draw.integers(8, ours.hf_config.vocab_size, n)) for n in lengths]
     theirs = AutoModelForSequenceClassification.from_pretrained(
-        find_checkpoint(args.checkpoint), num_labels=3, dtype=dtype
+        find_checkpoint(args.checkpoint), num_labels=3, dtype=dtype, trust_remote_code=False
     ).to(args.device)
 
     def packed() -> None:

@@ -3,11 +3,21 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value of a JSON file fits, and in words what fits."""
+TEXT: Rule = (lambda value: isinstance(value, str) and value != "", "a text")
+SHA256: Rule = (
+    lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    "a sha256 of 64 hexadecimal digits",
+)
 
 
 @contextmanager
@@ -98,6 +108,80 @@ def read_json(path: Path | str) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def number(least: float, most: float, *, whole: bool = False) -> Rule:
+    """A number between two, both included; NaN is in no range, and True is no number."""
+    types, words = ((int,), "a whole number") if whole else ((int, float), "a number")
+    return lambda value: type(value) in types and least <= value <= most, f"{words} from {least} to {most}"
+
+
+def or_null(rule: Rule) -> Rule:
+    """What the rule allows, or null."""
+    return lambda value: value is None or rule[0](value), f"{rule[1]}, or null"
+
+
+def list_of(rule: Rule, length: object = None) -> Rule:
+    """A list with an entry or more that all fit the rule; `length` of them where that is given."""
+    return (
+        lambda value: (
+            isinstance(value, list)
+            and len(value) == (len(value) or 1 if length is None else length)
+            and all(map(rule[0], value))
+        ),
+        f"a list of {'' if length is None else f'{length} entries, each '}{rule[1]}",
+    )
+
+
+def check_fields(path: Path | str, found: dict, rules: Mapping[str, Rule], *, way_out: str) -> None:
+    """Compares what a JSON file holds with what is expected of it; further fields may be there.
+
+    Args:
+        path: The file.
+        found: What it holds.
+        rules: By field; "a.b" is the field b of the object a.
+        way_out: What to do about it.
+
+    Raises:
+        ValueError: A field is absent or does not fit; the first one is named.
+    """
+    for name, (fits, expected) in rules.items():
+        value: Any = found
+        for key in name.split("."):
+            value = value.get(key, ...) if isinstance(value, dict) else ...
+        if value is ... or not fits(value):
+            told = "is absent" if value is ... else f"is {value!r:.80}"
+            raise ValueError(f"{path}: {name} {told}, expected {expected}; {way_out}")
+
+
+def confined(folder: Path | str, name: str) -> Path:
+    """The regular file of a plain relative name below a folder, looked at before it is opened.
+
+    A link must stay in the folder. Where the folder is a snapshot of the Hugging Face hub's cache
+    (models--X--Y/snapshots/REVISION), it may also lead to a blob of the same repository.
+
+    Raises:
+        ValueError: The name leads elsewhere, or what stands there is absent or no regular file (a pipe, say).
+    """
+    parts = name.split("/")
+    if not all(parts) or not {".", ".."}.isdisjoint(parts) or "\\" in name or "\0" in name:
+        raise ValueError(f"{folder}: {name!r} is no plain name of a file below that folder: do not use it")
+    path, root = Path(folder, name), Path(folder).resolve()
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise ValueError(
+            f"{path} cannot be read: {error}. It is missing; fetch or copy it again from where it came"
+        ) from error
+    repository = root.parent.parent
+    is_snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
+    if not target.is_relative_to(root) and not (is_snapshot and target.parent == repository / "blobs"):
+        raise ValueError(
+            f"{path} leads to {target}, outside of {folder}; if that file is meant, put a copy in its place"
+        )
+    if not target.is_file():
+        raise ValueError(f"{path} is no regular file (a folder, pipe or device); put the file in its place")
+    return path
 
 
 def file_hash(path: Path | str) -> str:

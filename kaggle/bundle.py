@@ -10,6 +10,7 @@ Weights are converted one model at a time on the CPU: 9B takes about 20 GB of me
 import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -25,7 +26,7 @@ from bundle_manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manife
 from common.console import cli, say, show_table
 from common.data.table import LABELS, Order, is_labelled, labels_array, scan
 from common.files import file_hash, read_json, replacing_folder, write_json
-from common.models import checkpoint_hash, load_model, save_checkpoint
+from common.models import checkpoint_hash, load_model, read_preference, save_checkpoint
 from common.runs import code_hash
 from common.score.calibration import cross_fit_weights
 from common.score.ensemble import contributed, interval, read_group
@@ -118,7 +119,7 @@ def build(manifest: dict, args: Args, output: Path, *, earlier: tuple[Path, ...]
     with replacing_folder(output) as folder:
         for name, source in contents(args.wheels).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / name)
+            copy(source, folder / name)
         for model in manifest["models"]:
             final, target = Path(model["checkpoint"]), folder / model["folder"]
             if (same := made.get(model["checkpoint_hash"])) is not None:
@@ -195,7 +196,7 @@ def describe_final(path: Path) -> dict[str, object]:
             raise ValueError(f"{path} has no {name}: it is no finished final; run just stage3 MODEL --final")
     if (status := read_json(path / "run.json").get("status")) != "complete":
         raise ValueError(f"{path} is not finished (status {status}): give its stage's command again")
-    preference = read_json(path / "preference.json")
+    preference = read_preference(path)
     if preference["classes"] != list(LABELS):
         raise ValueError(
             f"{path} answers in the class order {preference['classes']}, this code serves {list(LABELS)}: "
@@ -338,12 +339,29 @@ def converted_models(*bundles: Path) -> dict[str, Path]:
     return found
 
 
+def copy(source: Path | str, target: Path | str) -> None:
+    """Copies a file; one that cannot be read is a ValueError, what cannot be written an OSError."""
+    with Path(target).open("wb") as file:
+        for piece in pieces(source):
+            file.write(piece)
+
+
+def pieces(source: Path | str) -> Iterator[bytes]:
+    """The bytes of a file, in pieces; ValueError where it cannot be read."""
+    try:
+        with Path(source).open("rb") as file:
+            while piece := file.read(2**20):
+                yield piece
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read: {error.strerror or error}; make it readable") from error
+
+
 def link_or_copy(source: str, target: str) -> None:
     """A hard link, which costs no disk; a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        copy(source, target)
 
 
 def needed_distributions(names: tuple[str, ...]) -> dict[str, str]:

@@ -4,14 +4,45 @@ import json
 from pathlib import Path
 
 from common.console import progress
-from common.data.table import LABELS, NUM_SHOWN
-from common.files import file_hash, read_json, text_hash
+from common.data.table import LABELS, NUM_SHOWN, ORDERS
+from common.files import (
+    SHA256,
+    TEXT,
+    check_fields,
+    confined,
+    file_hash,
+    list_of,
+    number,
+    or_null,
+    read_json,
+    text_hash,
+)
 
 MANIFEST = "manifest.json"
 VERIFICATION = "verify.json"
 UNLISTED = {MANIFEST, VERIFICATION, "dataset-metadata.json"}
 """Files of a bundle that its manifest does not list: itself, what is written about it, the client's own."""
 FORMAT = 1
+
+OBJECT = (lambda value: isinstance(value, dict), "an object")
+HASHES = (lambda value: OBJECT[0](value) and all(map(SHA256[0], value.values())), "a sha256 of every file")
+RULES = {
+    "format": (lambda value: value == FORMAT, f"{FORMAT}, which this code reads"),
+    "classes": (lambda value: value == list(LABELS), f"the class order {list(LABELS)}"),
+    "files": HASHES,
+    "prior": list_of(number(0, 1), len(LABELS)),
+    "models": list_of(OBJECT),
+    "scaling": or_null(OBJECT),
+    **dict.fromkeys(("requirements.libraries", "requirements.kernel"), OBJECT),
+}
+SCALING_RULES = dict.fromkeys(("scaling.scale", "scaling.bias"), list_of(number(-1e6, 1e6), len(LABELS)))
+MODEL_RULES = {
+    **dict.fromkeys(("name", "folder", "format", "checkpoint"), TEXT),
+    **dict.fromkeys(("template_hash", "checkpoint_hash"), SHA256),
+    "order": (lambda value: value in (*ORDERS, "both"), f"one of {', '.join(ORDERS)}, both"),
+    "weight": number(0, 1e6),
+}
+WAY_OUT = "the bundle is not the one that was built: copy it again, or build it with just submit"
 
 
 def read_manifest(bundle: Path) -> dict:
@@ -23,13 +54,14 @@ def read_manifest(bundle: Path) -> dict:
     path = bundle / MANIFEST
     if not path.is_file():
         raise ValueError(f"{bundle} has no {MANIFEST}: it is not a bundle; build one with just submit")
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} has format {manifest.get('format')!r}, this code reads {FORMAT}; build the bundle again"
-        )
-    if manifest["classes"] != list(LABELS):
-        raise ValueError(f"{path} has the class order {manifest['classes']}, this code {list(LABELS)}")
+    manifest = read_json(confined(bundle, MANIFEST))
+    check_fields(path, manifest, RULES, way_out=WAY_OUT)
+    if manifest["scaling"] is not None:
+        check_fields(path, manifest, SCALING_RULES, way_out=WAY_OUT)
+    for model in manifest["models"]:
+        check_fields(path, model, MODEL_RULES, way_out=WAY_OUT)
+        if f"{model['folder']}/config.json" not in manifest["files"]:
+            raise ValueError(f"{path} lists no files of the model folder {model['folder']!r}; {WAY_OUT}")
     return manifest
 
 
@@ -41,24 +73,23 @@ def read_bundle(bundle: Path) -> dict:
     """
     manifest = read_manifest(bundle)
     listed, present = set(manifest["files"]), set(files_of(bundle))
-    way_out = "the bundle is not the one that was built: copy it again, or build it with just submit"
     for what, names in (("missing", listed - present), ("not in the manifest", present - listed)):
         if names:
-            raise ValueError(f"{bundle}: {what}: {', '.join(sorted(names)[:NUM_SHOWN])}; {way_out}")
+            raise ValueError(f"{bundle}: {what}: {', '.join(sorted(names)[:NUM_SHOWN])}; {WAY_OUT}")
     with progress("checking the bundle", len(listed), "files") as advance:
         for name, expected in manifest["files"].items():
-            if (found := file_hash(bundle / name)) != expected:
+            if (found := file_hash(confined(bundle, name))) != expected:
                 raise ValueError(
-                    f"{bundle / name} has sha256 {found[:12]}, the manifest says {expected[:12]}; {way_out}"
+                    f"{bundle / name} has sha256 {found[:12]}, the manifest says {expected[:12]}; {WAY_OUT}"
                 )
             advance(1)
     return manifest
 
 
 def files_of(bundle: Path) -> list[str]:
-    """Names of the files that a manifest lists, relative to the bundle, sorted."""
-    names = (path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file())
-    return sorted(name for name in names if name not in UNLISTED)
+    """Names of all that a manifest lists, relative to the bundle, sorted: what is no folder of the bundle."""
+    found = (path for path in bundle.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(bundle).as_posix() for path in found} - UNLISTED)
 
 
 def read_verification(bundle: Path) -> dict:

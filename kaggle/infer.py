@@ -28,8 +28,7 @@ from common.batching import length_sorted_micro_batches, pack
 from common.console import clear_errors, progress, say, show_table
 from common.data.table import LABELS, NUM_SHOWN, ORDERS, TEXTS, write_table
 from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
-from common.files import read_json
-from common.models import PreferenceModel, load_model, use_threads
+from common.models import PreferenceModel, load_model, read_preference, use_threads
 from common.prompts import Prompter
 from common.score.metrics import mirror, rescale
 from common.trained import open_prompter
@@ -153,7 +152,7 @@ def predict_model(
         order -> int32 token ids of every comparison.
     """
     folder = bundle / entry["folder"]
-    prompter = open_prompter(str(folder), read_json(folder / "preference.json"))
+    prompter = open_prompter(str(folder), read_preference(folder))
     if prompter.template_hash != entry["template_hash"]:
         raise ValueError(
             f"{folder}: template and tokenizer are {prompter.template_hash[:12]}, the manifest says "

@@ -23,7 +23,7 @@ from transformers import (
 
 from common.data.sources.find import fetch
 from common.data.sources.votes import open_competition, read_competition
-from common.data.table import SCHEMA
+from common.data.table import LABELS, SCHEMA
 from data_prep.demo_arena import (
     GEMMA_CONTROL,
     GEMMA_TEMPLATE,
@@ -166,6 +166,24 @@ def make_checkpoint(folder: Path, family: str, *, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def make_preference(**changes) -> dict:
+    """What a stage writes into preference.json, as far as any code reads it."""
+    return {
+        "stage": "stage3",
+        "model": "tiny-gemma",
+        "classes": list(LABELS),
+        "formats": ["PAB"],
+        "prompt": {
+            "template_hash": "a" * 64,
+            "prompt_hash": "b" * 64,
+            "instruction": "Which?",
+            "conversation_tokens": 200,
+        },
+        "label_prior": [0.4, 0.35, 0.25],
+        "lineage": {"train": "v" * 64, "held_out": None, "parent": "artifacts/stage2/x"},
+    } | changes
 
 
 def make_comparisons(

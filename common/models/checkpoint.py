@@ -15,12 +15,24 @@ from typing import Any, Literal
 
 import torch
 
-from common.files import file_hash, read_json, replacing, text_hash, write_json
-from common.models.families import FAMILIES, Decoder, read_config
+from common.files import (
+    SHA256,
+    TEXT,
+    check_fields,
+    file_hash,
+    list_of,
+    number,
+    or_null,
+    read_json,
+    replacing,
+    text_hash,
+    write_json,
+)
+from common.models.families import COUNT, FAMILIES, POSITIVE, SIZE, Decoder, read_config
 from common.models.head import head_hash, initial_head
 from common.models.preference import PreferenceModel, Surgery
 from common.models.weights import read_weights, write_weights
-from common.models.zoo import find_checkpoint
+from common.models.zoo import checkpoint_files, find_checkpoint
 from common.ops import choose
 
 POLICY = ("sliding_window", "softcap", "embedding_scale")
@@ -99,10 +111,33 @@ def read_preference(folder: Path) -> dict | None:
     if not path.exists():
         return None
     preference = read_json(path)
-    absent = [key for key in (*POLICY, "num_classes", "head_hash") if key not in preference]
-    if absent:
-        raise ValueError(f"{path} lacks {', '.join(absent)}; save the checkpoint again")
+    _check_preference(path, preference)
     return preference
+
+
+def _check_preference(path: Path, preference: dict) -> None:
+    """ValueError unless every field that any code reads is there and fits."""
+    num_classes = preference.get("num_classes")
+    rules = {
+        "num_classes": COUNT,
+        "head_hash": SHA256,
+        "sliding_window": or_null(SIZE),
+        "softcap": or_null(POSITIVE),
+        "embedding_scale": POSITIVE,
+        "stage": TEXT,
+        "model": TEXT,
+        "classes": list_of(TEXT, num_classes),
+        "formats": list_of(TEXT),
+        "prompt.template_hash": SHA256,
+        "prompt.prompt_hash": SHA256,
+        "prompt.instruction": TEXT,
+        "prompt.conversation_tokens": SIZE,
+        "label_prior": list_of(number(0, 1), num_classes),
+        "lineage.train": TEXT,
+        "lineage.held_out": or_null(TEXT),
+    }
+    way_out = "take the folder as it was saved, with the version of this project that saved it"
+    check_fields(path, preference, rules, way_out=way_out)
 
 
 def _policy(decoder: Decoder, preference: dict | None, asked: dict[str, Any], family: str) -> dict[str, Any]:
@@ -122,18 +157,20 @@ def _fill(
     model: PreferenceModel, folder: Path, dtype: torch.dtype, device: torch.device | str, head_seed: int
 ) -> Surgery:
     """Gives every parameter its value: from the files, and a newly drawn head where they hold none."""
-    head = {}
+    expected, head = dict(model.named_parameters()), {}
     if model.preference is None:
+        expected = {name: value for name, value in expected.items() if not name.startswith("head.")}
+    tensors, dropped, stored_head = read_weights(folder, expected, dtype=dtype, device=device)
+    if model.preference is None:  # drawn now that the files have shown the width
         head = initial_head(
             hidden_size=model.hf_config.hidden_size, num_classes=model.num_classes, seed=head_seed
         )
-    expected = {name: value for name, value in model.named_parameters() if name not in head}
-    tensors, dropped, stored_head = read_weights(folder, expected, dtype=dtype, device=device)
     found_hash = head_hash(head or stored_head)
     if model.preference is not None and found_hash != model.preference["head_hash"]:
         raise ValueError(
             f"{folder}: the head's weights hash to {found_hash}, preference.json says "
-            f"{model.preference['head_hash']}; the files do not belong together: save the checkpoint again"
+            f"{model.preference['head_hash']}; the files do not belong together: copy the whole folder "
+            "again, or give its stage's command again"
         )
     initial = {name: value.to(device, dtype) for name, value in head.items()}
     model.load_state_dict(tensors | initial, strict=True, assign=True)
@@ -162,8 +199,8 @@ def save_checkpoint(
         model: The unwrapped model.
         state_dict: Full tensors to save in place of the model's own, as gathered under FSDP.
         tokenizer: transformers tokenizer.
-        preference: Further content of preference.json; `classes`, if it is there, names the classes in order.
-            `sliding_window`, `softcap`, `embedding_scale`, `num_classes` and `head_hash` are the model's.
+        preference: Further content of preference.json, as `read_preference` expects it; `sliding_window`,
+            `softcap`, `embedding_scale`, `num_classes` and `head_hash` are the model's.
         max_shard_bytes: Most bytes per weight file.
 
     Raises:
@@ -172,12 +209,10 @@ def save_checkpoint(
     folder = Path(folder)
     tensors = model.state_dict() if state_dict is None else state_dict
     assert set(tensors) == set(model.state_dict()), "state_dict holds the names of another model"
-    classes = preference.get("classes")
-    if classes is not None and len(classes) != model.num_classes:
-        raise ValueError(f"{len(classes)} class names {classes} for a head of {model.num_classes} classes")
     content = preference | {name: getattr(model.decoder, name) for name in POLICY}
     content |= {"num_classes": model.num_classes, "head_hash": head_hash(tensors)}
-    json.dumps(content, allow_nan=False)  # what JSON cannot hold is refused before anything is touched
+    json.dumps(content, allow_nan=False)  # what cannot be read again is refused before anything is touched
+    _check_preference(folder / "preference.json", content)
     try:
         (folder / "preference.json").unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -196,14 +231,15 @@ def _write_config_and_tokenizer(folder: Path, config: Any, tokenizer: Any, dtype
     config.dtype = dtype
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as temporary_folder:
         config.save_pretrained(temporary_folder)
-        tokenizer.save_pretrained(temporary_folder)
+        try:
+            tokenizer.save_pretrained(temporary_folder)
+        except Exception as error:  # on a full disk tokenizers raises a bare one
+            raise OSError(str(error)) from error
         for file in sorted(path for path in Path(temporary_folder).rglob("*") if path.is_file()):
             with replacing(folder / file.relative_to(temporary_folder)) as temporary:
                 shutil.copyfile(file, temporary)
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """Identity of a checkpoint: its weights, configuration and preference head settings."""
-    names = ("*.safetensors", "config.json", "preference.json")
-    files = sorted(path for name in names for path in folder.glob(name))
-    return text_hash(*(f"{path.name} {file_hash(path)}" for path in files))
+    """Identity of a checkpoint: every file that is read of it, wherever the folder lies."""
+    return text_hash(*(f"{name} {file_hash(folder / name)}" for name in checkpoint_files(folder)))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
-from common.files import read_json
+from common.files import Rule, check_fields, list_of, number, or_null, read_json
+from common.models.weights import AGAIN, UNQUANTISED, instead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +91,13 @@ class Family(NamedTuple):
 FAMILIES = {"gemma2": Family(Gemma2Config, read_gemma2), "llama": Family(LlamaConfig, read_llama)}
 
 
+COUNT = number(1, 1_000, whole=True)
+"""Of layers or labels; the deepest published decoders have about 130 layers."""
+SIZE = number(1, 2**24, whole=True)
+POSITIVE = number(1e-30, 1e30)
+KIND: Rule = (lambda kind: kind in ("full_attention", "sliding_attention"), "full_ or sliding_attention")
+
+
 def read_config(folder: Path) -> PreTrainedConfig:
     """Reads config.json.
 
@@ -98,13 +105,50 @@ def read_config(folder: Path) -> PreTrainedConfig:
         ValueError: It is absent, broken, or of an architecture that is not supported.
     """
     path = folder / "config.json"
-    model_type = read_json(path).get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{path} has model_type {model_type!r}; supported are {', '.join(FAMILIES)}")
+    if not path.is_file():
+        raise ValueError(f"{path} cannot be read: it is missing; {instead(folder)}")
+    found = read_json(path)
+    model_type = found.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"{path} has model_type {model_type!r:.80}; supported are {', '.join(FAMILIES)}: take one of "
+            "these, or a newer version of this project"
+        )
+    if found.get("quantization_config"):
+        raise ValueError(f"{path} has a quantization_config; {UNQUANTISED}")
+    lists = {name: COUNT for name in ("num_hidden_layers", "num_labels") if found.get(name) is not None}
+    check_fields(path, found, lists, way_out=AGAIN)  # transformers makes lists of these lengths
     try:
-        return FAMILIES[model_type].config.from_pretrained(folder)
-    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
-        raise ValueError(f"{path} is not a valid {model_type} config: {error}") from error
+        # Not by from_pretrained, which may go on to other files; auto_map names foreign code.
+        found = {name: value for name, value in found.items() if name != "auto_map"}
+        config = FAMILIES[model_type].config.from_dict(found)
+        found = config.to_dict()
+    except Exception as error:  # a broken file makes the library raise anything
+        raise ValueError(f"{path} is not a valid {model_type} config: {error}; {AGAIN}") from error
+    check_fields(path, found, _rules(found), way_out=AGAIN)
+    return config
+
+
+def _rules(found: dict) -> dict[str, Rule]:
+    """What the fields of a config may hold; a family does not have them all."""
+    key_value_heads, layers = found.get("num_key_value_heads"), found.get("num_hidden_layers")
+    rules = {
+        **dict.fromkeys(("vocab_size", "intermediate_size", "num_key_value_heads"), SIZE),
+        "hidden_size": number(2, 2**24, whole=True),
+        "num_hidden_layers": COUNT,
+        "num_attention_heads": (
+            lambda heads: SIZE[0](heads) and heads % key_value_heads == 0,
+            f"a multiple of num_key_value_heads = {key_value_heads}",
+        ),
+        "head_dim": (lambda width: SIZE[0](width) and width % 2 == 0, f"{SIZE[1]}, and even"),
+        "rms_norm_eps": POSITIVE,
+        "rope_parameters.rope_theta": POSITIVE,
+        "query_pre_attn_scalar": POSITIVE,
+        "sliding_window": or_null(SIZE),
+        "attn_logit_softcapping": or_null(POSITIVE),
+        "layer_types": or_null(list_of(KIND, layers)),
+    }
+    return {name: rule for name, rule in rules.items() if name.split(".")[0] in found}
 
 
 def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
@@ -124,7 +168,8 @@ def _require(config: PreTrainedConfig, **expected: object) -> None:
         found = getattr(config, name, value)
         if (found or None) != (value or None):
             raise ValueError(
-                f"config.json has {name} = {found!r}, only {value!r} is supported; choose another checkpoint"
+                f"config.json has {name} = {found!r}, only {value!r} is supported; take a checkpoint with "
+                "that, or a newer version of this project"
             )
 
 
@@ -134,6 +179,7 @@ def _rope_theta(config: PreTrainedConfig) -> float:
     rope_type = parameters.get("rope_type", "default")
     if rope_type != "default":
         raise ValueError(
-            f"config.json has rope type {rope_type!r}, only 'default' is supported; choose another checkpoint"
+            f"config.json has rope type {rope_type!r}, only 'default' is supported; take a checkpoint with "
+            "that (such as Llama 3, not 3.1), or a newer version of this project"
         )
     return float(parameters["rope_theta"])

@@ -9,7 +9,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.files import read_json, replacing, write_json
+from common.files import confined, read_json, replacing, write_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -22,6 +22,33 @@ DROPPED = (  # published tensors that a preference model has no use for
     "gating.*",  # ArmoRM: mixture over the objectives
     "*.rotary_emb.inv_freq",  # a constant that old checkpoints store
 )
+
+AGAIN = "fetch or copy its files again from where they came, or take another checkpoint"
+TOGETHER = "take config.json and weights from one place"
+RESAVE = (
+    "in Python, transformers.AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) writes a folder "
+    "NEW that is read here; copy the tokenizer's files there too"
+)
+MERGE = (
+    "merge the adapter into its base first: in Python, peft.AutoPeftModelForCausalLM.from_pretrained(OLD)"
+    ".merge_and_unload().save_pretrained(NEW), and copy the tokenizer's files to NEW"
+)
+UNQUANTISED = "quantised checkpoints are not read: take the unquantised one that it was made from"
+UNFINISHED = "preference.json is missing: the checkpoint was not saved or copied whole; do that again"
+
+OTHER_FORMATS = {  # what may lie in a folder without config.json or weights -> the way out
+    "adapter_*": f"the folder holds an adapter alone: {MERGE}",
+    "*.gguf": "GGUF files are not read: take the safetensors checkpoint that they were made from",
+    "pytorch_model*.bin*": f"pickled weights are not opened here: {RESAVE}",
+}
+UNEXPECTED = {  # names of tensors that no model here has -> the way out, the more particular first
+    "head.dense.* head.out.*": f"{UNFINISHED}, by its stage's command or from its folder",
+    "*lora_*": f"it belongs to an adapter: {MERGE}",
+    "*v_head.* *value_head* *reward_head* *score* head.* classifier.*": f"a reward head: {RESAVE}",
+    "*.qweight *.qzeros *.scales *.g_idx *.SCB *.absmax *quant_* *_scale*": UNQUANTISED,
+    "*.bias": "layers with biases are not computed here: take a checkpoint that has none",
+    "layers.* embed_tokens.* norm.*": f"the backbone was saved without the prefix model.: {RESAVE}",
+}
 
 
 def read_weights(
@@ -43,8 +70,10 @@ def read_weights(
             not a floating one, stored twice, or not finite in `dtype`.
     """
     index = _weight_map(folder)
+    if not index and not (folder / SINGLE).is_file():
+        raise ValueError(f"{folder / SINGLE} cannot be read: it is missing; {instead(folder)}")
     tensors, dropped, head = {}, [], {}
-    for path in sorted({folder / file for file in index.values()} or {folder / SINGLE}):
+    for path in [confined(folder, file) for file in weight_files(folder)]:
         for name, stored in _stored_tensors(path, dropped):
             _check_stored(path, name, stored, expected)
             if name in tensors:
@@ -60,7 +89,7 @@ def read_weights(
         raise ValueError(
             f"{path}: tensor {missing[0]} of shape {list(expected[missing[0]].shape)} is missing "
             f"({len(missing)} of {len(expected)} expected tensors are); the files are incomplete or do not "
-            "belong to this config.json: fetch or save the checkpoint again"
+            f"belong to this config.json; {AGAIN}"
         )
     return tensors, sorted(dropped), head
 
@@ -76,39 +105,49 @@ def _stored_tensors(path: Path, dropped: list[str]) -> Iterator[tuple[str, torch
                     yield name, file.get_tensor(name)
     except (OSError, SafetensorError) as error:
         raise ValueError(
-            f"{path} cannot be read: {error}. It is missing, truncated or no safetensors file; "
-            "fetch or save the checkpoint again"
+            f"{path} cannot be read: {error}. It is truncated or no safetensors file; {AGAIN}"
         ) from error
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the weight files that are read of a checkpoint folder, whether they are there or not."""
+    return sorted(set(_weight_map(folder).values())) or [SINGLE]
+
+
+def instead(folder: Path) -> str:
+    """The way out for a folder without config.json or without weights, by what else it holds."""
+    found = (way_out for pattern, way_out in OTHER_FORMATS.items() if any(folder.glob(pattern)))
+    return next(found, f"{AGAIN}; where only pytorch_model.bin is published, {RESAVE}")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file, empty when everything lies in the single file."""
     if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
         return {}
-    weight_map = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / INDEX} has no weight_map; fetch or save the checkpoint again")
+    weight_map = read_json(confined(folder, INDEX)).get("weight_map")
+    is_map = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
+    if not is_map or not weight_map:
+        raise ValueError(
+            f"{folder / INDEX} has no weight_map of tensor names to file names, but {weight_map!r:.80}; "
+            f"{AGAIN}"
+        )
     return weight_map
 
 
 def _check_stored(path: Path, name: str, stored: torch.Tensor, expected: Mapping[str, torch.Tensor]) -> None:
     if name not in expected:
-        reason = (
-            "this model has no such tensor: the files do not belong to this config.json; fetch or save the "
-            "checkpoint again"
-        )
-        if name.startswith("head."):
-            reason = "preference.json is missing: saving this checkpoint did not finish; save it again"
+        cases = (way for cases, way in UNEXPECTED.items() if any(fnmatchcase(name, c) for c in cases.split()))
+        reason = next(cases, f"no such tensor is computed here: take another checkpoint, or {TOGETHER}")
         raise ValueError(f"{path}: unexpected tensor {name} of shape {list(stored.shape)}; {reason}")
     if stored.shape != expected[name].shape:
         raise ValueError(
             f"{path}: tensor {name} has shape {list(stored.shape)}, config.json expects "
-            f"{list(expected[name].shape)}; the files do not belong together"
+            f"{list(expected[name].shape)}; the files do not belong together: {TOGETHER}"
         )
-    if not stored.is_floating_point():
+    if not stored.is_floating_point() or stored.element_size() < 2:
         raise ValueError(
-            f"{path}: tensor {name} is {stored.dtype}, expected a floating dtype; "
-            "quantised checkpoints are not read"
+            f"{path}: tensor {name} is {stored.dtype}, expected a floating dtype of 16 bits or more; "
+            f"{UNQUANTISED}"
         )
 
 

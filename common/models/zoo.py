@@ -6,6 +6,9 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from common.files import confined
+from common.models.weights import INDEX, weight_files
+
 ZOO = {
     "gemma9b": "google/gemma-2-9b-it",
     "gemma27b": "google/gemma-2-27b-it",
@@ -15,8 +18,13 @@ ZOO = {
 }
 """Short name -> hub id (OWNER/NAME) or folder."""
 
-_SMALL_FILES = ["config.json", "preference.json", "tokenizer*", "special_tokens_map.json", "chat_template*"]
-_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json"]
+SMALL_FILES = (
+    *("config*.json", "preference.json", "trained_on.parquet", "adapter_config.json", INDEX),
+    *("tokenizer*", "*.model", "tekken.json", "vocab*", "merges.txt", "added_tokens.json"),
+    *("special_tokens_map.json", "chat_template*", "additional_chat_templates/*"),
+)
+"""What is read of a checkpoint besides its weights, by us or by transformers."""
+_WEIGHTS = ["model*.safetensors"]
 
 
 def find_checkpoint(path_or_short_name: str | Path, *, weights: bool = True) -> Path:
@@ -27,9 +35,28 @@ def find_checkpoint(path_or_short_name: str | Path, *, weights: bool = True) -> 
         weights: False downloads the config and the tokenizer alone.
 
     Raises:
-        ValueError: Nothing of that name, or the download failed.
+        ValueError: Nothing of that name, the download failed, or a file is not one below the folder.
     """
-    name = str(path_or_short_name)
+    folder = _find(str(path_or_short_name), weights)
+    checkpoint_files(folder)
+    return folder
+
+
+def checkpoint_files(folder: Path) -> list[str]:
+    """Names of all files that are read of a checkpoint folder, sorted.
+
+    Raises:
+        ValueError: One of them is not a regular file below the folder.
+    """
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern) if not path.is_dir()}
+    names = {path.relative_to(folder).as_posix() for path in found}
+    names |= {file for file in weight_files(folder) if (folder / file).exists()}
+    for name in names:
+        confined(folder, name)
+    return sorted(names)
+
+
+def _find(name: str, weights: bool) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -47,7 +74,7 @@ def find_checkpoint(path_or_short_name: str | Path, *, weights: bool = True) -> 
             f"({', '.join(ZOO)}). If a stage should have made that folder, run that stage first"
         )
     try:
-        return Path(snapshot_download(source, allow_patterns=[*_SMALL_FILES, *(_WEIGHTS if weights else [])]))
+        return Path(snapshot_download(source, allow_patterns=[*SMALL_FILES, *(_WEIGHTS if weights else [])]))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise ValueError(
             f"{name}: no such folder, and {source} could not be fetched from the Hugging Face hub: {error}\n"

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from helpers import make_checkpoint
+from helpers import make_checkpoint, make_preference
 
 import bundle as bundling
 from bundle_manifest import MANIFEST, VERIFICATION, files_of, seal
-from common.data.table import LABELS
 from common.files import file_hash, read_json, write_json
 from common.models import load_model, save_checkpoint
 from common.prompts import Prompter
@@ -32,15 +31,7 @@ def make_final(folder: Path, model: str, family: str, **changes) -> Path:
         if name == "out.weight":
             parameter.data *= 8  # answers far from uniform, so that a wrong one shows
     prompter = Prompter(load_tokenizer(backbone), conversation_tokens=200)
-    preference = {
-        "stage": "stage3",
-        "model": model,
-        "classes": list(LABELS),
-        "formats": ["PAB"],
-        "prompt": prompter.describe(),
-        "label_prior": [0.4, 0.35, 0.25],
-        "lineage": {"train": "v" * 64, "held_out": None, "parent": "artifacts/stage2/x"},
-    } | changes
+    preference = make_preference(model=model, prompt=prompter.describe(), **changes)
     save_checkpoint(folder, model=loaded, tokenizer=prompter.tokenizer, preference=preference)
     pl.DataFrame({"content_hash": ["0" * 32]}).write_parquet(folder / "trained_on.parquet")
     write_json(folder / "run.json", {"recipe": {}, "inputs": {}, "status": "complete"})

@@ -1,15 +1,19 @@
 """A bundle holds what serves, refuses what does not fit together, and rebuilds what changed."""
 
+import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import make_final
+from conftest import make_final, reseal
 from safetensors.torch import load_file, save_file
 
 import bundle as bundling
+import infer
 from bundle import contents
 from bundle_manifest import MANIFEST, read_bundle
 from common.data.table import LABELS
@@ -87,6 +91,139 @@ def test_missing_and_additional_files_are_refused(artifacts):
     (artifacts / "bundle/code/common/data/table.py").unlink()
     with pytest.raises(ValueError, match=r"missing: code/common/data/table\.py"):
         read_bundle(artifacts / "bundle")
+
+
+def test_what_is_no_file_of_the_bundle_is_refused(artifacts, tmp_path):
+    """Unlisted or listed; a linked folder of modules would be imported."""
+    bundle = artifacts / "bundle"
+    (tmp_path / "elsewhere").mkdir()
+    shutil.copyfile(bundle / "code/infer.py", tmp_path / "elsewhere/infer.py")
+    listed = read_json(bundle / MANIFEST)
+    for name, make in (
+        ("code/pipe.py", os.mkfifo),
+        ("code/polars", lambda path: path.symlink_to(tmp_path / "elsewhere")),
+        ("code/other.py", lambda path: path.symlink_to(tmp_path / "elsewhere/infer.py")),
+    ):
+        make(bundle / name)
+        with pytest.raises(ValueError, match=f"not in the manifest: {name}"):
+            read_bundle(bundle)
+        files = listed["files"] | {name: listed["files"]["code/infer.py"]}
+        write_json(bundle / MANIFEST, listed | {"files": files})
+        with pytest.raises(ValueError, match=f"{name} (is no regular file|leads to .* outside of)"):
+            read_bundle(bundle)
+        (bundle / name).unlink()
+        write_json(bundle / MANIFEST, listed)
+    read_bundle(bundle)
+    (bundle / MANIFEST).rename(tmp_path / "elsewhere/manifest.json")
+    (bundle / MANIFEST).symlink_to(tmp_path / "elsewhere/manifest.json")
+    with pytest.raises(ValueError, match=r"manifest\.json leads to .* outside of"):
+        read_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["../test.csv", "/etc/hostname", "code//infer.py", "code/../code/infer.py"])
+def test_names_that_leave_the_bundle_are_refused(artifacts, name):
+    manifest = read_json(artifacts / "bundle" / MANIFEST)
+    (artifacts / "test.csv").write_text("")
+    files = manifest["files"] | {name: file_hash(artifacts / "test.csv")}
+    write_json(artifacts / "bundle" / MANIFEST, manifest | {"files": files})
+    with pytest.raises(ValueError, match=f"missing: {name}"):
+        read_bundle(artifacts / "bundle")
+
+
+@pytest.mark.parametrize("name", ["models/other", "../stage3/gemma9b-final", "/tmp", "models/gemma9b/", "."])
+def test_a_model_folder_that_is_not_listed_is_refused(artifacts, name):
+    manifest = read_json(artifacts / "bundle" / MANIFEST)
+    manifest["models"][0]["folder"] = name
+    write_json(artifacts / "bundle" / MANIFEST, manifest)
+    with pytest.raises(ValueError, match=f"lists no files of the model folder '{name}'"):
+        read_bundle(artifacts / "bundle")
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    {
+        "format": (0, "1", None),
+        "classes": ([], None, "ABC"),
+        "files": ([], None, {"a": "b"}, {"a": None}, {"a": ["0" * 64]}),
+        "prior": ([1.0], None, ["a", "b", "c"], [float("nan")] * 3, [2, 0, 0]),
+        "models": ([], {}, None, [1], "x"),
+        "scaling": ([], "x", {}, {"scale": [1, 1, 1]}, {"scale": [1, 1, 1], "bias": [0, "x", 0]}),
+        "requirements": (None, []),
+        "requirements.libraries": (None, ["torch"]),
+        "requirements.kernel": (None, "ipykernel"),
+        "models.name": (None, 5, ""),
+        "models.folder": (None, 5, ["x"]),
+        "models.format": (None, 5),
+        "models.order": (None, "backwards", ["given"]),
+        "models.weight": (None, -1, "2", float("nan"), True),
+        "models.template_hash": (None, "x"),
+        "models.checkpoint": (None, 5),
+        "models.checkpoint_hash": (None, "x"),
+    }.items(),
+)
+def test_a_manifest_that_is_not_whole(artifacts, field, values):
+    path = artifacts / "bundle" / MANIFEST
+    original = read_json(path)
+    for value in ("absent", *values):
+        manifest = read_json(path)
+        *outer, name = field.split(".")
+        place = manifest[outer[0]] if outer else manifest
+        place = place[-1] if isinstance(place, list) else place
+        place[name] = value
+        if value == "absent":
+            del place[name]
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(
+            ValueError, match=rf"manifest\.json: .*{name}.* is .*, expected .*; the bundle is not"
+        ):
+            read_bundle(artifacts / "bundle")
+        write_json(path, original)
+
+
+@pytest.mark.parametrize("field", ["prompt", "formats", "num_classes"])
+def test_a_model_whose_preference_is_not_whole_is_not_served(artifacts, field):
+    """Nor bundled: the same reader, whoever wrote the file."""
+    for folder in (artifacts / "stage3/gemma9b-final", artifacts / "bundle/models/gemma9b"):
+        change_preference(folder, **{field: None})
+    reseal(artifacts / "bundle")
+    entry = read_bundle(artifacts / "bundle")["models"][-1]
+    with pytest.raises(ValueError, match=rf"preference\.json: {field}.* is .*, expected"):
+        infer.predict_model(artifacts / "bundle", entry, [], (), [torch.device("cpu")], torch.float32, 100)
+    with pytest.raises(ValueError, match=rf"preference\.json: {field}.* is .*, expected"):
+        build(artifacts)
+
+
+def test_a_failed_copy_names_what_failed(artifacts, tmp_path, monkeypatch):
+    """What cannot be read is the input's fault, what cannot be written the bundle's."""
+    wheels, bundle = tmp_path / "wheels", artifacts / "bundle"
+    wheels.mkdir()
+    (wheels / "x.whl").write_bytes(b"wheel")
+    args = bundling.Args(artifacts=artifacts, wheels=wheels)
+    manifest = bundling.describe(args)
+    opened = Path.open
+    model = "models/gemma9b/model.safetensors"
+
+    def failing(*parts):
+        def maybe(self, mode="r", *args, **kwargs):
+            if mode in parts and self.match(parts[-1]):
+                raise OSError(28 if mode == "wb" else 13, "failed so")
+            return opened(self, mode, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", maybe)
+
+    made = bundling.converted_models(bundle)
+    monkeypatch.setattr(bundling, "converted_models", lambda *bundles: made)
+    monkeypatch.setattr(os, "link", lambda *paths: (_ for _ in ()).throw(OSError(18, "no links here")))
+    for mode, name, blamed in (
+        ("rb", "x.whl", f"{wheels}/x.whl cannot be read: failed so"),
+        ("wb", "x.whl", f"cannot write {bundle}: failed so"),
+        ("rb", f"bundle/{model}", f"{bundle}/{model} cannot be read: failed so"),
+    ):
+        failing(mode, name)
+        with pytest.raises(ValueError, match=blamed):
+            bundling.build(manifest, args, bundle)
+        monkeypatch.setattr(Path, "open", opened)
+    read_bundle(bundle)
 
 
 def test_one_final_is_a_bundle_too(artifacts):

@@ -229,7 +229,7 @@ def test_a_manifest_of_another_class_order_or_template(artifacts, tmp_path):
     path = artifacts / "bundle" / MANIFEST
     manifest = read_json(path)
     write_json(path, manifest | {"classes": [LABELS[1], LABELS[0], LABELS[2]]})
-    with pytest.raises(ValueError, match="has the class order"):
+    with pytest.raises(ValueError, match="expected the class order"):
         run(artifacts / "bundle", test, tmp_path / "s.csv")
     manifest["models"][0]["template_hash"] = "0" * 64
     write_json(path, manifest)

@@ -5,6 +5,7 @@ import resource
 
 import pytest
 import torch
+from helpers import make_preference
 from safetensors.torch import save_file
 
 from common.batching import pack
@@ -18,7 +19,7 @@ def test_saved_and_loaded_bit_for_bit(
     published, tokenizer, tmp_path, family, max_shard_bytes, dtype, assert_same
 ):
     model = load_model(published(family)[0], dtype=dtype, num_classes=5)
-    preference = {"classes": list("VWXYZ"), "template_hash": "abc"}
+    preference = make_preference(classes=list("VWXYZ"), label_prior=[0.2] * 5, more="abc")
     save_checkpoint(
         tmp_path / "new" / "folder",
         model=model,
@@ -44,7 +45,7 @@ def test_transformers_reads_a_saved_backbone(published, tokenizer, tmp_path):
     from transformers import AutoTokenizer, Gemma2Model
 
     folder, reference = published("gemma2")
-    save_checkpoint(tmp_path, model=load_model(folder), tokenizer=tokenizer, preference={})
+    save_checkpoint(tmp_path, model=load_model(folder), tokenizer=tokenizer, preference=make_preference())
     model = Gemma2Model.from_pretrained(tmp_path)
     assert torch.equal(model.layers[0].mlp.up_proj.weight, reference.model.layers[0].mlp.up_proj.weight)
     assert AutoTokenizer.from_pretrained(tmp_path)("w3")["input_ids"] == [3]
@@ -55,7 +56,7 @@ def test_policy_comes_from_the_argument_then_preference_then_config(published, t
     model = load_model(folder, dtype=torch.bfloat16, sliding_window=None, softcap=8.0)
     # sqrt(24) is 4.898979 in float32, 4.90625 in bfloat16; what was trained with is served.
     assert model.decoder.embedding_scale == 4.90625
-    save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference={})
+    save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference=make_preference())
     saved = load_model(tmp_path, dtype=torch.float32)
     assert (saved.decoder.sliding_window, saved.decoder.softcap, saved.decoder.embedding_scale) == (
         None,
@@ -84,7 +85,13 @@ def test_an_interrupted_save_is_no_checkpoint(published, tokenizer, tmp_path, mo
     model = load_model(published("llama")[0])
     (tmp_path / "metrics.jsonl").write_text("{}")
     for old_shards in (5_000_000_000, 10_000):  # the same tensors written over a whole file, then over shards
-        save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference={}, max_shard_bytes=old_shards)
+        save_checkpoint(
+            tmp_path,
+            model=model,
+            tokenizer=tokenizer,
+            preference=make_preference(),
+            max_shard_bytes=old_shards,
+        )
         for stop_at in (1, 2):
             calls = []
 
@@ -97,12 +104,16 @@ def test_an_interrupted_save_is_no_checkpoint(published, tokenizer, tmp_path, mo
             monkeypatch.setattr(weights, "save_file", fail)
             with pytest.raises(KeyboardInterrupt):
                 save_checkpoint(
-                    tmp_path, model=model, tokenizer=tokenizer, preference={}, max_shard_bytes=6_000
+                    tmp_path,
+                    model=model,
+                    tokenizer=tokenizer,
+                    preference=make_preference(),
+                    max_shard_bytes=6_000,
                 )
             monkeypatch.undo()
-            with pytest.raises(ValueError, match=r"preference.json is missing: saving .* did not finish"):
+            with pytest.raises(ValueError, match=r"preference.json is missing: .* was not saved"):
                 load_model(tmp_path)
-        save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference={})
+        save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference=make_preference())
         assert_same(load_model(tmp_path), model)
         assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
     assert (tmp_path / "metrics.jsonl").read_text() == "{}"
@@ -110,7 +121,7 @@ def test_an_interrupted_save_is_no_checkpoint(published, tokenizer, tmp_path, mo
 
 def test_a_head_of_another_save_is_refused(published, tokenizer, tmp_path, edit_weights):
     model = load_model(published("llama")[0])
-    save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference={})
+    save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference=make_preference())
     edit_weights(tmp_path, lambda tensors: tensors["head.out.bias"].add_(1))
     with pytest.raises(ValueError, match=r"head's weights hash to .*, preference.json says"):
         load_model(tmp_path)
@@ -120,20 +131,24 @@ def test_a_head_of_another_save_is_refused(published, tokenizer, tmp_path, edit_
     preference = json.loads((tmp_path / "preference.json").read_text())
     del preference["softcap"]
     (tmp_path / "preference.json").write_text(json.dumps(preference))
-    with pytest.raises(ValueError, match=r"preference.json lacks softcap"):
+    with pytest.raises(ValueError, match=r"preference.json: softcap is absent"):
         load_model(tmp_path)
 
 
 def test_what_cannot_be_saved_touches_nothing(published, tokenizer, tmp_path, assert_same):
     model = load_model(published("llama")[0])
-    save_checkpoint(tmp_path / "run", model=model, tokenizer=tokenizer, preference={})
-    for preference in ({"classes": ["A", "B"]}, {"loss": float("nan")}):
-        with pytest.raises(ValueError, match=r"2 class names|not JSON compliant"):
-            save_checkpoint(tmp_path / "run", model=model, tokenizer=tokenizer, preference=preference)
+    save_checkpoint(tmp_path / "run", model=model, tokenizer=tokenizer, preference=make_preference())
+    for wrong in ({"classes": ["A", "B"]}, {"loss": float("nan")}):
+        with pytest.raises(ValueError, match=r"classes is .* a list of 3 entries|not JSON compliant"):
+            save_checkpoint(
+                tmp_path / "run", model=model, tokenizer=tokenizer, preference=make_preference(**wrong)
+            )
     assert_same(load_model(tmp_path / "run"), model)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"cannot write"):
-        save_checkpoint(tmp_path / "file" / "run", model=model, tokenizer=tokenizer, preference={})
+        save_checkpoint(
+            tmp_path / "file" / "run", model=model, tokenizer=tokenizer, preference=make_preference()
+        )
 
 
 def test_a_full_disk_is_one_message(published, tokenizer, tmp_path):
@@ -145,7 +160,7 @@ def test_a_full_disk_is_one_message(published, tokenizer, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     try:
         with pytest.raises(ValueError, match=r"cannot write .*model.safetensors"):
-            save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference={})
+            save_checkpoint(tmp_path, model=model, tokenizer=tokenizer, preference=make_preference())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.glob("*model*")) and not list(tmp_path.glob(".*"))
@@ -158,6 +173,10 @@ def test_a_gathered_state_dict_replaces_the_models_own(published, tokenizer, tmp
     trained = load_model(folder, head_seed=9)
     empty = load_model(folder, materialise=False)
     save_checkpoint(
-        tmp_path, model=empty, state_dict=trained.state_dict(), tokenizer=tokenizer, preference={}
+        tmp_path,
+        model=empty,
+        state_dict=trained.state_dict(),
+        tokenizer=tokenizer,
+        preference=make_preference(),
     )
     assert_same(load_model(tmp_path), trained)

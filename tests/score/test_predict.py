@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import make_checkpoint, make_comparisons
+from helpers import make_checkpoint, make_comparisons, make_preference
 from transformers import AutoTokenizer
 
 from common.batching import pack
-from common.data.table import LABELS, ORDERS, swap
+from common.data.table import ORDERS, swap
 from common.models import load_model, save_checkpoint
 from common.prompts import Prompter
 from common.score.predict import average, predict, predict_orders
@@ -127,7 +127,7 @@ def test_answers_that_are_not_finite_are_named(model, sequences):
 @pytest.fixture
 def trained(folder, model, prompter, tmp_path):
     """A checkpoint of our own, untrained."""
-    preference = {"classes": list(LABELS), "formats": ["PAB"], "prompt": prompter.describe()}
+    preference = make_preference(prompt=prompter.describe())
     save_checkpoint(tmp_path / "trained", model=model, tokenizer=prompter.tokenizer, preference=preference)
     return tmp_path / "trained"
 

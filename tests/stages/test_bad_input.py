@@ -96,7 +96,7 @@ def test_missing_and_unexpected_tensors(world, teacher, tmp_path, change, expect
     name, artifacts = r"model\.safetensors", tmp_path / "artifacts"
     backbone = edited(world / "gemma", tmp_path / "backbone", change)
     words = stage1(world, artifacts, checkpoint=backbone)
-    assert_refused(words, name, expected, "fetch or save the checkpoint again", artifacts=artifacts)
+    assert_refused(words, name, expected, "take another checkpoint", artifacts=artifacts)
     assert not (artifacts / "stage1").exists(), "a run that never began must not stand in a better one's way"
     broken = edited(teacher, tmp_path / "broken", change)
     words = ("pseudo_label", "--artifacts", artifacts, "--comparisons", world / "pool.parquet")
