@@ -1,13 +1,170 @@
-"""Files that appear whole or not at all, and their fingerprints. Standard library only."""
+"""Files: whole or not at all, one writer at a time, and their fingerprints. Standard library only."""
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
+from socket import gethostname
+from weakref import WeakValueDictionary
+
+LARGE = 10**8
+"""Bytes from which the hash of a file is worth remembering."""
+FILE_LEFT = r"\.{}\.[a-z0-9_]{{8}}\.tmp"
+FOLDER_LEFT = r"\.{}\.(tmp|old)(-\d+)?"
+"""What a killed writer of a name leaves beside it."""
+
+_held: "WeakValueDictionary[Path, Lock]" = WeakValueDictionary()
+_known: dict[tuple[int, ...], str] = {}
+
+
+class Lock:
+    """The right to write an output, of one process, for as long as something refers to this object.
+
+    It is a lock of the kernel on a hidden file beside the output, which says who holds it: it ends with the
+    process, however that ends. Where no such file can be made or locked (a read-only or an old network file
+    system), one line says so and the work goes on.
+    """
+
+    def __init__(self, path: Path, *, wait: bool) -> None:
+        self.path, self.fd = path.with_name(f".{path.name}.lock"), None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            while self.fd is None:
+                try:
+                    self.fd = self._take(fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    holder = self._holder()
+                    if not wait:
+                        raise ValueError(
+                            f"{path} is being written by {holder}. Wait for it or end it, or write elsewhere"
+                        ) from error
+                    print(f"waiting for {path}, which is being written by {holder}", file=sys.stderr)
+                    self.fd = self._take(fcntl.LOCK_EX)
+        except OSError as error:
+            reason = f"no lock beside it is possible ({_reason(error)})"
+            print(f"{path}: {reason}; start nothing else that writes it meanwhile", file=sys.stderr)
+        else:
+            who = {"host": gethostname(), "process": os.getpid(), "command": shlex.join(sys.argv)}
+            who["start"] = datetime.now().astimezone().isoformat(" ", "seconds")
+            with suppress(OSError):  # a full disk: the lock holds without a name
+                os.ftruncate(self.fd, 0)
+                os.write(self.fd, json.dumps(who).encode())
+
+    def _take(self, how: int) -> int | None:
+        """The locked file; None where its last holder has removed it meanwhile."""
+        fd, is_there = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), False
+        try:
+            fcntl.flock(fd, how)
+            with suppress(OSError):
+                is_there = os.path.samestat(os.fstat(fd), self.path.stat())
+        finally:
+            if not is_there:
+                os.close(fd)
+        return fd if is_there else None
+
+    def _holder(self) -> str:
+        try:
+            who = read_json(self.path)
+            started = f"started {who['start']}: {who['command']}"
+            return f"process {who['process']} on {who['host']} ({started})"
+        except (ValueError, KeyError):  # it is about to write its name
+            return "another process"
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing: an outer holder in this process may go on."""
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return type(None), ()  # the processes of a launch that are told of a run hold no lock
+
+    def __del__(self) -> None:
+        if self.fd is not None:
+            with suppress(OSError):
+                self.path.unlink()
+            os.close(self.fd)
+
+
+def _forget_locks() -> None:
+    """In a forked child (a data loader's worker): they are its parent's, and end with that."""
+    for held in _held.values():
+        if held.fd is not None:
+            os.close(held.fd)
+            held.fd = None
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget_locks)
+
+
+def lock(path: Path | str, *, wait: bool = False) -> Lock:
+    """Takes the right to write `path`, and mends what killed writers of it left. Twice in a process is once.
+
+    Args:
+        path: File or folder, which need not be there.
+        wait: Wait for another holder, instead of refusing.
+
+    Raises:
+        ValueError: Another process holds it; it is named, and when it started.
+    """
+    real = Path(os.path.realpath(path))
+    held = _held.get(real) or Lock(real, wait=wait)
+    _held[real] = held
+    recover(Path(path))
+    return held
+
+
+def recover(path: Path) -> None:
+    """Puts back an old `path` that lies aside with nothing in its place; removes what else was left of it.
+
+    Call it under the lock of `path`.
+    """
+    for left in leftovers(path.parent, re.escape(path.name)):
+        if left.name.startswith(f".{path.name}.old") and not os.path.lexists(path):
+            with suppress(OSError):
+                left.replace(path)
+        else:
+            remove([left])
+
+
+def leftovers(folder: Path, name: str = ".+") -> list[Path]:
+    """What killed writers left in a folder, of all names that fit a regular expression."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return []
+    patterns = {is_folder: (FILE_LEFT, FOLDER_LEFT)[is_folder].format(name) for is_folder in (False, True)}
+    return [entry for entry in entries if re.fullmatch(patterns[entry.is_dir()], entry.name)]
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Removes files and whole folders, as far as the system lets us."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink()
+
+
+def move_in(new: Path, path: Path) -> None:
+    """Gives a whole new folder the name of an old one, under its lock: old aside, new in, old away."""
+    try:
+        if os.path.lexists(path):
+            path.replace(path.with_name(f".{path.name}.old"))
+        new.replace(path)
+    finally:
+        recover(path)
 
 
 @contextmanager
@@ -46,29 +203,26 @@ def replacing(path: Path | str) -> Iterator[Path]:
 def replacing_folder(path: Path | str) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path` that takes the name `path` when the block succeeds.
 
-    An existing `path` is removed only after the new folder is whole.
+    An existing `path` is removed only after the new folder has its name.
 
     Raises:
-        ValueError: The parent folder cannot be written or the disk is full. The old folder stays.
+        ValueError: The parent folder cannot be written, the disk is full, or another process writes `path`.
+            The old folder stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process whose number has come round again
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {_reason(error)}; nothing was changed. "
-            "Free some space or choose a folder that you may write to."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with lock(path):
+        try:
+            temporary.mkdir(parents=True)
+            yield temporary
+            move_in(temporary, path)
+        except OSError as error:
+            raise ValueError(
+                f"cannot write {path}: {_reason(error)}; nothing was changed. "
+                "Free some space or choose a folder that you may write to."
+            ) from error
+        finally:
+            remove([temporary])
 
 
 def _reason(error: OSError) -> str:
@@ -104,6 +258,17 @@ def file_hash(path: Path | str) -> str:
     """sha256 of a file's bytes, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_hash(path: Path) -> str:
+    """`file_hash`; of a large file that did not change since, what this process has found before."""
+    stat = path.stat()
+    if stat.st_size < LARGE:
+        return file_hash(path)
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key not in _known:
+        _known[key] = file_hash(path)
+    return _known[key]
 
 
 def text_hash(*texts: str) -> str:

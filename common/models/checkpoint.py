@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from common.files import file_hash, read_json, replacing, text_hash, write_json
+from common.files import known_hash, read_json, replacing, text_hash, write_json
 from common.models.families import FAMILIES, Decoder, read_config
 from common.models.head import head_hash, initial_head
 from common.models.preference import PreferenceModel, Surgery
@@ -206,4 +206,4 @@ def checkpoint_hash(folder: Path) -> str:
     """Identity of a checkpoint: its weights, configuration and preference head settings."""
     names = ("*.safetensors", "config.json", "preference.json")
     files = sorted(path for name in names for path in folder.glob(name))
-    return text_hash(*(f"{path.name} {file_hash(path)}" for path in files))
+    return text_hash(*(f"{path.name} {known_hash(path)}" for path in files))

@@ -2,16 +2,24 @@
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, fsdp2_prepare_model
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    fsdp2_prepare_model,
+)
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+T = TypeVar("T")
 BARRIER_TIMEOUT = timedelta(hours=6)  # other processes wait while the first one tokenises or writes
 
 
@@ -66,6 +74,20 @@ def start(
             "accelerate_configs/ddp.yaml (or single_gpu.yaml, cpu.yaml) instead of an FSDP configuration"
         )
     return accelerator
+
+
+def on_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """What `function` finds on the first process, on every one; its ValueError is raised on every one."""
+    found: list[object] = [None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = function()
+        except (ValueError, OSError) as error:
+            found[0] = ValueError(str(error))
+    broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return found[0]
 
 
 def leave(accelerator: Accelerator) -> None:
