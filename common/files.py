@@ -1,5 +1,6 @@
 """Files: whole or not at all, one writer at a time, and their fingerprints. Standard library only."""
 
+import atexit
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,6 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from socket import gethostname
-from weakref import WeakValueDictionary
 
 LARGE = 10**8
 """Bytes from which the hash of a file is worth remembering."""
@@ -22,93 +22,16 @@ FILE_LEFT = r"\.{}\.[a-z0-9_]{{8}}\.tmp"
 FOLDER_LEFT = r"\.{}\.(tmp|old)(-\d+)?"
 """What a killed writer of a name leaves beside it."""
 
-_held: "WeakValueDictionary[Path, Lock]" = WeakValueDictionary()
+_held: dict[Path, int | None] = {}
 _known: dict[tuple[int, ...], str] = {}
 
 
-class Lock:
-    """The right to write an output, of one process, for as long as something refers to this object.
+def hold(path: Path | str, *, wait: bool = False) -> None:
+    """Takes the right to write `path` until `release` or the end, and mends what killed writers of it left.
 
     It is a lock of the kernel on a hidden file beside the output, which says who holds it: it ends with the
     process, however that ends. Where no such file can be made or locked (a read-only or an old network file
-    system), one line says so and the work goes on.
-    """
-
-    def __init__(self, path: Path, *, wait: bool) -> None:
-        self.path, self.fd = path.with_name(f".{path.name}.lock"), None
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            while self.fd is None:
-                try:
-                    self.fd = self._take(fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    holder = self._holder()
-                    if not wait:
-                        raise ValueError(
-                            f"{path} is being written by {holder}. Wait for it or end it, or write elsewhere"
-                        ) from error
-                    print(f"waiting for {path}, which is being written by {holder}", file=sys.stderr)
-                    self.fd = self._take(fcntl.LOCK_EX)
-        except OSError as error:
-            reason = f"no lock beside it is possible ({_reason(error)})"
-            print(f"{path}: {reason}; start nothing else that writes it meanwhile", file=sys.stderr)
-        else:
-            who = {"host": gethostname(), "process": os.getpid(), "command": shlex.join(sys.argv)}
-            who["start"] = datetime.now().astimezone().isoformat(" ", "seconds")
-            with suppress(OSError):  # a full disk: the lock holds without a name
-                os.ftruncate(self.fd, 0)
-                os.write(self.fd, json.dumps(who).encode())
-
-    def _take(self, how: int) -> int | None:
-        """The locked file; None where its last holder has removed it meanwhile."""
-        fd, is_there = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), False
-        try:
-            fcntl.flock(fd, how)
-            with suppress(OSError):
-                is_there = os.path.samestat(os.fstat(fd), self.path.stat())
-        finally:
-            if not is_there:
-                os.close(fd)
-        return fd if is_there else None
-
-    def _holder(self) -> str:
-        try:
-            who = read_json(self.path)
-            started = f"started {who['start']}: {who['command']}"
-            return f"process {who['process']} on {who['host']} ({started})"
-        except (ValueError, KeyError):  # it is about to write its name
-            return "another process"
-
-    def __enter__(self) -> "Lock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing: an outer holder in this process may go on."""
-
-    def __reduce__(self) -> tuple[type, tuple]:
-        return type(None), ()  # the processes of a launch that are told of a run hold no lock
-
-    def __del__(self) -> None:
-        if self.fd is not None:
-            with suppress(OSError):
-                self.path.unlink()
-            os.close(self.fd)
-
-
-def _forget_locks() -> None:
-    """In a forked child (a data loader's worker): they are its parent's, and end with that."""
-    for held in _held.values():
-        if held.fd is not None:
-            os.close(held.fd)
-            held.fd = None
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-def lock(path: Path | str, *, wait: bool = False) -> Lock:
-    """Takes the right to write `path`, and mends what killed writers of it left. Twice in a process is once.
+    system), one line says so and the work goes on. Taken again in the same process, it is the same one.
 
     Args:
         path: File or folder, which need not be there.
@@ -118,10 +41,96 @@ def lock(path: Path | str, *, wait: bool = False) -> Lock:
         ValueError: Another process holds it; it is named, and when it started.
     """
     real = Path(os.path.realpath(path))
-    held = _held.get(real) or Lock(real, wait=wait)
-    _held[real] = held
+    if real not in _held:
+        _held[real] = _take(real, wait)
     recover(Path(path))
-    return held
+
+
+def release(*paths: Path | str) -> None:
+    """Gives back what is held: `paths`, or everything."""
+    for real in [Path(os.path.realpath(path)) for path in paths] or list(_held):
+        fd = _held.pop(real)
+        if fd is not None:
+            remove([_lock_path(real)])
+            os.close(fd)
+
+
+@contextmanager
+def lock(path: Path | str, *, wait: bool = False) -> Iterator[None]:
+    """`hold` for a block; what was held before stays so."""
+    is_ours = Path(os.path.realpath(path)) in _held
+    hold(path, wait=wait)
+    try:
+        yield
+    finally:
+        if not is_ours:
+            release(path)
+
+
+def _take(path: Path, wait: bool) -> int | None:
+    """The locked file; None where no lock is possible."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd = None
+        while fd is None:
+            try:
+                fd = _try(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = _holder(path)
+                if not wait:
+                    raise ValueError(
+                        f"{path} is being written by {holder}. Wait for it or end it, or write elsewhere"
+                    ) from error
+                print(f"waiting for {path}, which is being written by {holder}", file=sys.stderr)
+                fd = _try(path, fcntl.LOCK_EX)
+    except OSError as error:
+        reason = f"no lock beside it is possible ({_reason(error)})"
+        print(f"{path}: {reason}; start nothing else that writes it meanwhile", file=sys.stderr)
+        return None
+    who = {"host": gethostname(), "process": os.getpid(), "command": shlex.join(sys.argv)}
+    who["start"] = datetime.now().astimezone().isoformat(" ", "seconds")
+    with suppress(OSError):  # a full disk: the lock holds without a name
+        os.ftruncate(fd, 0)
+        os.write(fd, json.dumps(who).encode())
+    return fd
+
+
+def _try(path: Path, how: int) -> int | None:
+    """The locked file; None where its last holder has removed it meanwhile."""
+    fd, is_there = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT, 0o666), False
+    try:
+        fcntl.flock(fd, how)
+        with suppress(OSError):
+            is_there = os.path.samestat(os.fstat(fd), _lock_path(path).stat())
+    finally:
+        if not is_there:
+            os.close(fd)
+    return fd if is_there else None
+
+
+def _holder(path: Path) -> str:
+    try:
+        who = read_json(_lock_path(path))
+        started = f"started {who['start']}: {who['command']}"
+        return f"process {who['process']} on {who['host']} ({started})"
+    except (ValueError, KeyError):  # it is about to write its name
+        return "another process"
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+def _forget() -> None:
+    """In a forked child (a data loader's worker): the locks are its parent's, and end with that."""
+    for fd in _held.values():
+        if fd is not None:
+            os.close(fd)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+atexit.register(release)
 
 
 def recover(path: Path) -> None:

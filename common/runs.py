@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 from common.console import progress, say
 from common.files import (
     LARGE,
-    Lock,
     file_hash,
+    hold,
     known_hash,
     leftovers,
-    lock,
     read_json,
     recover,
     remove,
@@ -51,8 +50,6 @@ class Run:
     description: dict[str, object]
     """`recipe`, `inputs` and `code`, JSON values only."""
     is_complete: bool
-    lock: Lock | None = None
-    """Held as long as this object lives (first process only)."""
 
     @classmethod
     def open(
@@ -60,8 +57,8 @@ class Run:
     ) -> "Run":
         """Opens a folder for a recipe: new, to be continued, or already complete and whole.
 
-        It takes the folder's lock, so it is for the first process (`common.train.launch.on_first`), and
-        sweeps what killed starts of this run left.
+        It takes the folder's lock until the process ends, so it is for the first process alone
+        (`common.train.launch.on_first`), and sweeps what killed starts of this run left.
 
         Args:
             recipe: JSON values, by name.
@@ -73,7 +70,7 @@ class Run:
                 files that are no run; a result of a finished run is not what it was; another process has
                 the folder open.
         """
-        held = lock(folder)
+        hold(folder)
         description = json.loads(json.dumps({"recipe": recipe, "inputs": inputs, "code": code}))
         path = folder / "run.json"
         if not path.is_file():
@@ -96,7 +93,7 @@ class Run:
         left = [*leftovers(folder), *leftovers(folder / "shards")]
         remove(one for one in left if one.is_file())  # a folder belongs to a writer below this run
         remove([*folder.glob(".saving-*"), *(folder / "state").glob("step-*.tmp")])
-        return cls(folder=folder, description=description, is_complete=is_complete, lock=held)
+        return cls(folder=folder, description=description, is_complete=is_complete)
 
     def write(self, name: str, value: object) -> None:
         """Writes a JSON file into the folder (first process only)."""
@@ -378,22 +375,21 @@ def is_made(
 ) -> bool:
     """Whether a file is there and made of just this, and says so; of inputs the bytes count, not the names.
 
+    It takes the file's lock until the process ends.
+
     Args:
         output: The file.
         wanted: `inputs`, `parameters` and `code_sha256`, as of `write_manifest`.
         overwrite: Replace what was made of something else.
         skip_bad_rows: Bad rows may have been left out.
 
-    Returns:
-        False where it is to be made; its lock is held until `end_making`.
-
     Raises:
-        ValueError: It, its manifest or its list of rejected rows is an input or a folder, or another process
-            makes it. Or, unless
-            `overwrite`: it is there, made of something else or by hand, or without rows that are bad and may
-            not be skipped now; or it is not there, and files of others have the names of those beside it.
+        ValueError: It, its manifest or its list of rejected rows is an input or a folder; another process
+            makes it. Or, unless `overwrite`: it is there, made of something else or by hand, or without rows
+            that are bad and may not be skipped now; or it is not there, and files of others have the names of
+            those beside it.
     """
-    held = lock(output)
+    hold(output)
     beside = (manifest_path(output), rejected_path(output))
     for path in beside:
         recover(path)
@@ -411,20 +407,10 @@ def is_made(
         reason, is_ours = f"{others[0]} is there, but no {output} that it belongs to", False
     if not is_ours and not overwrite:
         raise ValueError(f"{reason}; pass --overwrite to replace it, or another --output")
-    if output.exists():
-        say(f"{output} is up to date" if reason is None else f"{reason}: making it again")
-    if output.exists() and reason is None:
-        return True
-    _making[output] = held
-    return False
-
-
-_making: dict[Path, Lock] = {}
-
-
-def end_making(output: Path) -> None:
-    """Gives the lock of `is_made` back."""
-    _making.pop(output, None)
+    if not output.exists():
+        return False
+    say(f"{output} is up to date" if reason is None else f"{reason}: making it again")
+    return reason is None
 
 
 def _read_manifest(path: Path) -> dict | None:

@@ -135,8 +135,8 @@ def tokenise(
     folder = cache / key[:20]
     if (accelerator is None or accelerator.is_main_process) and not (folder / "info.json").is_file():
         for left in cache.glob(".*.tmp*"):  # of runs that were killed, and that may never start again
-            with suppress(ValueError):
-                lock(cache / left.name.split(".")[1])
+            with suppress(ValueError), lock(cache / left.name.split(".")[1]):
+                pass
         with lock(folder, wait=True):  # another stage may be tokenising the same
             if not (folder / "info.json").is_file():
                 with replacing_folder(folder) as temporary:

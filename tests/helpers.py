@@ -162,7 +162,7 @@ def held_elsewhere(output: Path) -> Iterator[IO]:
     who = {"process": 4321, "host": "elsewhere", "start": "2031-01-02 03:04:05+00:00", "command": "stage1.py"}
     path.write_text(json.dumps(who))
     with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield file
 
 

@@ -14,7 +14,7 @@ import bundle
 import submit
 import verify
 from common import files
-from common.files import leftovers, lock, replacing, replacing_folder
+from common.files import hold, leftovers, lock, release, replacing, replacing_folder
 from common.train.recipe import by_flags
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
@@ -45,7 +45,7 @@ def in_child(function, *, kill_at: int | None = None) -> int:
 def refused_in_child(path: Path) -> bool:
     def take():
         with pytest.raises(ValueError, match=f"is being written by process {os.getppid()} on .*started 20"):
-            lock(path)
+            hold(path)
 
     return in_child(take) == 0
 
@@ -63,14 +63,13 @@ def test_the_second_process_is_refused_until_the_first_lets_go(tmp_path):
         assert refused_in_child(tmp_path / "link" / "x"), "the same folder by another name"
         assert refused_in_child(path), "neither the inner one nor a refused start gave it back"
     assert not list(path.parent.iterdir())
-    assert in_child(lambda: lock(path)) == 0
+    assert in_child(lambda: hold(path)) == 0
 
 
 def test_a_killed_process_holds_nothing(tmp_path):
     def die():
-        held = lock(tmp_path / "x")
+        hold(tmp_path / "x")
         os.kill(os.getpid(), signal.SIGKILL)
-        return held
 
     assert in_child(die) == -signal.SIGKILL
     assert (tmp_path / ".x.lock").exists()
@@ -79,8 +78,8 @@ def test_a_killed_process_holds_nothing(tmp_path):
 
 
 def test_a_forked_child_neither_holds_nor_gives_back(tmp_path):
-    with lock(tmp_path / "x") as held:
-        assert in_child(lambda: held.__del__()) == 0
+    with lock(tmp_path / "x"):
+        assert in_child(release) == 0
         assert (tmp_path / ".x.lock").exists() and refused_in_child(tmp_path / "x")
 
 

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from helpers import HELD, held_elsewhere
 
 from common import files, runs
-from common.files import read_json, replacing, replacing_folder, write_json
+from common.files import read_json, release, replacing, replacing_folder, write_json
 from common.models import checkpoint_hash
 from common.runs import Run, find_complete
 
@@ -42,6 +42,7 @@ def test_two_starts_on_one_folder_are_refused_before_anything_is_read_or_swept(t
     open_run(folder).begin()
     (folder / "run.json").write_text("{")
     (folder / ".run.json.abcdefgh.tmp").touch()
+    release()
     with held_elsewhere(folder), pytest.raises(ValueError, match=HELD):
         open_run(folder)
     assert (folder / ".run.json.abcdefgh.tmp").exists()
@@ -203,7 +204,7 @@ class Evil:
 
 
 def spoil(folder, evil, *, what):
-    """Puts a pickle that runs code into a state: into its metadata, or into its data, called a tensor or not."""
+    """Puts a pickle that runs code into a state: its metadata, or its data, called a tensor or not."""
     metadata = dcp.FileSystemReader(folder).read_metadata()
     [info] = metadata.storage_data.values()
     if what == "metadata":

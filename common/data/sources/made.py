@@ -23,7 +23,7 @@ from common.data.table import (
     writing_table,
 )
 from common.files import file_hash
-from common.runs import code_hash, end_making, rejected_path, write_manifest
+from common.runs import code_hash, rejected_path, write_manifest
 
 EXCLUDED = "prompt stands in --exclude"
 """Why a row is left out."""
@@ -124,7 +124,6 @@ def write_made(
         write_manifest(output, temporary, {**wanted, **found}, num_rejected=len(rejected))
     if rejected.is_empty():
         side.unlink(missing_ok=True)
-    end_making(output)
     show_counts(output, counts, report.notes)
     if len(rejected):
         say(f"the rejected rows are listed in {side}")
