@@ -22,7 +22,8 @@ FILE_LEFT = r"\.{}\.[a-z0-9_]{{8}}\.tmp"
 FOLDER_LEFT = r"\.{}\.(tmp|old)(-\d+)?"
 """What a killed writer of a name leaves beside it."""
 
-_held: dict[Path, int | None] = {}
+_held: dict[Path, tuple[int | None, list[Path]]] = {}
+"""Output -> its locked file, and the folders that were made for that."""
 _known: dict[tuple[int, ...], str] = {}
 
 
@@ -42,17 +43,21 @@ def hold(path: Path | str, *, wait: bool = False) -> None:
     """
     real = Path(os.path.realpath(path))
     if real not in _held:
-        _held[real] = _take(real, wait)
+        made = [folder for folder in real.parents if not folder.exists()]
+        _held[real] = _take(real, wait), made
     recover(Path(path))
 
 
 def release(*paths: Path | str) -> None:
     """Gives back what is held: `paths`, or everything."""
     for real in [Path(os.path.realpath(path)) for path in paths] or list(_held):
-        fd = _held.pop(real)
+        fd, made = _held.pop(real)
         if fd is not None:
             remove([_lock_path(real)])
             os.close(fd)
+            with suppress(OSError):  # something lies in it
+                for folder in made:
+                    folder.rmdir()
 
 
 @contextmanager
@@ -83,6 +88,8 @@ def _take(path: Path, wait: bool) -> int | None:
                     ) from error
                 print(f"waiting for {path}, which is being written by {holder}", file=sys.stderr)
                 fd = _try(path, fcntl.LOCK_EX)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _cannot_write(path, error) from error
     except OSError as error:
         reason = f"no lock beside it is possible ({_reason(error)})"
         print(f"{path}: {reason}; start nothing else that writes it meanwhile", file=sys.stderr)
@@ -123,7 +130,7 @@ def _lock_path(path: Path) -> Path:
 
 def _forget() -> None:
     """In a forked child (a data loader's worker): the locks are its parent's, and end with that."""
-    for fd in _held.values():
+    for fd, _ in _held.values():
         if fd is not None:
             os.close(fd)
     _held.clear()
@@ -199,10 +206,7 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {_reason(error)}; nothing was changed. "
-            "Free some space or choose a folder that you may write to."
-        ) from error
+        raise _cannot_write(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -226,12 +230,16 @@ def replacing_folder(path: Path | str) -> Iterator[Path]:
             yield temporary
             move_in(temporary, path)
         except OSError as error:
-            raise ValueError(
-                f"cannot write {path}: {_reason(error)}; nothing was changed. "
-                "Free some space or choose a folder that you may write to."
-            ) from error
+            raise _cannot_write(path, error) from error
         finally:
             remove([temporary])
+
+
+def _cannot_write(path: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"cannot write {path}: {_reason(error)}; nothing was changed. "
+        "Free some space or choose a folder that you may write to."
+    )
 
 
 def _reason(error: OSError) -> str:
