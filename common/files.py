@@ -4,12 +4,15 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+LARGE = 10**8
+"""Bytes from which the hash of a file is worth remembering."""
+_known: dict[tuple[int, ...], str] = {}
 
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value of a JSON file fits, and in words what fits."""
@@ -43,45 +46,21 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.chmod(0o644)
         temporary.replace(path)
     except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {_reason(error)}; nothing was changed. "
-            "Free some space or choose a folder that you may write to."
-        ) from error
+        raise cannot_write(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-@contextmanager
-def replacing_folder(path: Path | str) -> Iterator[Path]:
-    """Yields an empty temporary folder beside `path` that takes the name `path` when the block succeeds.
-
-    An existing `path` is removed only after the new folder is whole.
-
-    Raises:
-        ValueError: The parent folder cannot be written or the disk is full. The old folder stays.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    old = path.with_name(f".{path.name}.old-{os.getpid()}")
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a killed process whose number has come round again
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write {path}: {_reason(error)}; nothing was changed. "
-            "Free some space or choose a folder that you may write to."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+def cannot_write(path: Path, error: OSError) -> ValueError:
+    """The error that says so."""
+    return ValueError(
+        f"cannot write {path}: {reason_of(error)}; nothing was changed. "
+        "Free some space or choose a folder that you may write to."
+    )
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
     """What the system said, in clearer words where they are misleading ("File exists")."""
     if isinstance(error, FileExistsError | NotADirectoryError):
         return "a file stands where that path needs a folder"
@@ -188,6 +167,17 @@ def file_hash(path: Path | str) -> str:
     """sha256 of a file's bytes, as 64 hexadecimal digits."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def known_hash(path: Path) -> str:
+    """`file_hash`; of a large file that did not change since, what this process has found before."""
+    stat = path.stat()
+    if stat.st_size < LARGE:
+        return file_hash(path)
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    if key not in _known:
+        _known[key] = file_hash(path)
+    return _known[key]
 
 
 def text_hash(*texts: str) -> str:

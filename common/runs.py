@@ -1,6 +1,6 @@
 """Run folders: what is being made, from what, how far it is, and the state to go on from.
 
-run.json        recipe, inputs (hashes), status
+run.json        recipe, inputs (hashes), status; of a finished run size and sha256 of its results
 metrics.jsonl   one line a logged step
 state/step-N/   sharded training state, in PyTorch's own format (read back from here only)
 
@@ -8,15 +8,18 @@ And single files that say the same of themselves: x.parquet, made of what x.mani
 """
 
 import json
+import pickle
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.console import say
-from common.files import file_hash, read_json, replacing, text_hash, write_json
+from common.console import progress, say
+from common.files import LARGE, file_hash, known_hash, read_json, replacing, text_hash, write_json
+from common.locks import hold, leftovers, recover, remove
 
 if TYPE_CHECKING:  # slow to import, and only training states need it
     import torch
@@ -41,7 +44,10 @@ class Run:
     def open(
         cls, folder: Path, *, recipe: dict[str, object], inputs: dict[str, object], code: str | None = None
     ) -> "Run":
-        """Opens a folder for a recipe: new, to be continued, or already complete. Writes nothing.
+        """Opens a folder for a recipe: new, to be continued, or already complete and whole.
+
+        It takes the folder's lock until the process ends, so it is for the first process alone
+        (`common.train.launch.on_first`), and sweeps what killed starts of this run left.
 
         Args:
             recipe: JSON values, by name.
@@ -50,15 +56,18 @@ class Run:
 
         Raises:
             ValueError: The folder holds a run with another recipe or other inputs (the field is named), or
-                files that are no run.
+                files that are no run; a result of a finished run is not what it was; another process has
+                the folder open.
         """
+        hold(folder)
         description = json.loads(json.dumps({"recipe": recipe, "inputs": inputs, "code": code}))
         path = folder / "run.json"
         if not path.is_file():
             if folder.is_dir() and any(not entry.name.startswith(".") for entry in folder.iterdir()):
                 raise ValueError(f"{folder} holds files but no run.json; choose another --output or empty it")
-            return cls(folder=folder, description=description, is_complete=False)
-        stored = read_json(path)
+            stored = {"status": "started", **description}
+        else:
+            stored = read_run(folder)
         differs = _first_difference(stored, description)
         if differs is not None:
             field, theirs, ours = differs
@@ -66,7 +75,13 @@ class Run:
                 f"{folder} holds a run in which {field} is {theirs}; here it is {ours}. Nothing was changed: "
                 "write elsewhere (--output; of evaluate, --name), or move that folder away"
             )
-        is_complete = stored.get("status") == "complete" and stored.get("code") == code
+        is_complete = stored["status"] == "complete" and stored.get("code") == code
+        if is_complete:
+            check_whole(folder, stored)
+            remove([folder / "state"])
+        left = [*leftovers(folder), *leftovers(folder / "shards")]
+        remove(one for one in left if one.is_file())  # a folder belongs to a writer below this run
+        remove([*folder.glob(".saving-*"), *(folder / "state").glob("step-*.tmp")])
         return cls(folder=folder, description=description, is_complete=is_complete)
 
     def write(self, name: str, value: object) -> None:
@@ -78,9 +93,10 @@ class Run:
         write_json(self.folder / "run.json", {**self.description, "status": "started"})
 
     def finish(self, metrics: dict[str, object]) -> None:
-        """Marks the run complete and drops the training state, which the checkpoint has made needless."""
-        write_json(self.folder / "run.json", {**self.description, "status": "complete", "metrics": metrics})
-        shutil.rmtree(self.folder / "state", ignore_errors=True)
+        """Marks the run complete, notes its results, and drops the training state, which is needless now."""
+        found = {"metrics": metrics, "files": _fingerprints(self.folder, _results(self.folder))}
+        write_json(self.folder / "run.json", {**self.description, "status": "complete", **found})
+        remove([self.folder / "state"])
 
     @property
     def metrics(self) -> dict[str, object]:
@@ -155,14 +171,21 @@ class Run:
     def load_state(self, step: int, tensors: "dict[str, torch.Tensor]") -> None:
         """Fills `tensors` in place with the state saved after `step`, at any number of processes.
 
+        Nothing in the folder is executed, whoever wrote it: PyTorch reads the tensors with weights_only, and
+        its `.metadata`, a pickle, is first read by `StateUnpickler`, which knows no other entries than
+        tensors (others PyTorch would unpickle freely). That the numbers are this run's own, only the folder's
+        access rights say.
+
         Raises:
-            ValueError: The state cannot be read.
+            ValueError: The state cannot be read, or names something else than tensors.
         """
         import torch.distributed as dist
         import torch.distributed.checkpoint as dcp
 
         folder = self.folder / "state" / f"step-{step:08d}"
         try:
+            with (folder / ".metadata").open("rb") as file:
+                StateUnpickler(file).load()
             dcp.load(tensors, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
         except (Exception, dcp.api.CheckpointException) as error:  # a torn file makes torch raise anything
             reason = str(error).strip().splitlines()[-1]
@@ -172,20 +195,107 @@ class Run:
             ) from error
 
 
+class StateUnpickler(pickle.Unpickler):
+    """Reads the `.metadata` of a training state: no name in it but those that describe tensors."""
+
+    NAMES = frozenset(
+        {"Metadata", "MetadataIndex", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"}
+        | {"_MEM_FORMAT_ENCODING", "StorageMeta", "_StorageInfo"}
+    )
+
+    def find_class(self, module: str, name: str) -> object:
+        import torch
+
+        is_known = (
+            (module.startswith("torch.distributed.checkpoint.") and name in self.NAMES)
+            or (module, name) in (("torch", "Size"), ("torch.serialization", "_get_layout"))
+            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
+            or (module.partition(".")[0] == "pathlib" and name in ("PosixPath", "WindowsPath"))
+        )
+        if not is_known:
+            raise ValueError(f"it names {module}.{name}, which no training state of ours does")
+        return super().find_class(module, name)
+
+
+NO_RESULTS = {"run.json", "state", "shards", "logs", "tokens", "report", "verify.json"}
+"""Names of what may go, grow or be made anew after a run has finished, wherever in its folder."""
+
+
+def _results(folder: Path) -> list[str]:
+    """Names of the files that a run has made, relative to its folder; hidden ones are nobody's result."""
+    names = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    kept = (name for name in names if not any(part in NO_RESULTS or part[0] == "." for part in name.parts))
+    return sorted(name.as_posix() for name in kept)
+
+
+def _fingerprints(folder: Path, names: Iterable[str]) -> dict[str, dict[str, object]]:
+    """Name -> size and sha256; shows how far it is where there is much to read."""
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    is_shown = sum(sizes.values()) > 10 * LARGE
+    bar = progress(f"reading {folder}", len(sizes), "files") if is_shown else nullcontext(lambda _: None)
+    found = {}
+    with bar as advance:
+        for name, size in sizes.items():
+            found[name] = {"bytes": size, "sha256": known_hash(folder / name)}
+            advance(1)
+    return found
+
+
+def read_run(folder: Path) -> dict:
+    """A folder's run.json.
+
+    Raises:
+        ValueError: It cannot be read, or no run writes such a one.
+    """
+    path = folder / "run.json"
+    way_out = f"put it back from a copy, or move {folder} away and start again"
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {way_out}") from error
+    parts = {name: found.get(name, {}) for name in ("recipe", "inputs", "metrics", "files")}
+    wrong = [name for name, value in parts.items() if not isinstance(value, dict)]
+    if found.get("status") not in ("started", "complete"):
+        wrong.append("status")
+    fits = (isinstance(one, dict) and set(one) == {"bytes", "sha256"} for one in parts["files"].values())
+    if not wrong and not all(fits):
+        wrong.append("files")
+    if wrong:
+        raise ValueError(f"{path} has {wrong[0]} {found.get(wrong[0])!r}, which no run writes; {way_out}")
+    return found
+
+
+def check_whole(folder: Path, run: Mapping) -> None:
+    """ValueError where a result of a finished run is not what its run.json says; sizes first, then hashes."""
+    files = run.get("files", {})  # runs of old have none
+
+    def compare(what: str, found: Mapping[str, object]) -> None:
+        for name, recorded in files.items():
+            if found[name] != recorded[what]:
+                raise ValueError(
+                    f"{folder / name}: {what} {found[name]}, but {recorded[what]} when the run was finished. "
+                    f"Put it back from a copy, or move {folder} away and start again"
+                )
+
+    paths = {name: folder / name for name in files}
+    compare("bytes", {name: one.stat().st_size if one.is_file() else None for name, one in paths.items()})
+    compare("sha256", {name: one["sha256"] for name, one in _fingerprints(folder, files).items()})
+
+
 def find_complete(folder: Path) -> tuple[Path, ...]:
     """Folders of finished validation runs below `folder`, by name; finals are left out.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or a result of one is not what it was.
     """
-    found = tuple(
-        path.parent
-        for path in sorted(folder.glob("*/run.json"))
-        if read_json(path).get("status") == "complete" and not path.parent.name.endswith("-final")
-    )
+    runs = {path.parent: read_run(path.parent) for path in sorted(folder.glob("*/run.json"))}
+    found = {path: run for path, run in runs.items() if run["status"] == "complete"}
+    found = {path: run for path, run in found.items() if not path.name.endswith("-final")}
     if not found:
         raise ValueError(f"{folder} holds no finished run; train one first, or name checkpoints")
-    return found
+    for path, run in found.items():
+        check_whole(path, run)
+    return tuple(found)
 
 
 def _first_difference(
@@ -254,6 +364,8 @@ def is_made(
 ) -> bool:
     """Whether a file is there and made of just this, and says so; of inputs the bytes count, not the names.
 
+    It takes the file's lock until the process ends.
+
     Args:
         output: The file.
         wanted: `inputs`, `parameters` and `code_sha256`, as of `write_manifest`.
@@ -261,11 +373,15 @@ def is_made(
         skip_bad_rows: Bad rows may have been left out.
 
     Raises:
-        ValueError: It, its manifest or its list of rejected rows is an input or a folder. Or, unless
-            `overwrite`: it is there, made of something else or by hand, or without rows that are bad and may
-            not be skipped now; or it is not there, and files of others have the names of those beside it.
+        ValueError: It, its manifest or its list of rejected rows is an input or a folder; another process
+            makes it. Or, unless `overwrite`: it is there, made of something else or by hand, or without rows
+            that are bad and may not be skipped now; or it is not there, and files of others have the names of
+            those beside it.
     """
+    hold(output)
     beside = (manifest_path(output), rejected_path(output))
+    for path in beside:
+        recover(path)
     inputs = {Path(one["name"]).resolve() for one in wanted["inputs"]}
     for path in (output, *beside):
         if path.is_dir():

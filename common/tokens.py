@@ -1,6 +1,7 @@
 """Comparisons tokenised once, ahead of time, into memory-mapped Arrow: lengths are known before training."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,8 @@ from accelerate import Accelerator
 from common.batching import FILLER_ROW, Sample, VarlenCollator
 from common.console import progress
 from common.data.table import ORDERS, SCHEMA, TEXTS, Order, labels_array, table_hash
-from common.files import read_json, replacing_folder, text_hash, write_json
+from common.files import read_json, text_hash, write_json
+from common.locks import lock, replacing_folder
 from common.prompts import FORMATS, NO_BUDGET, Format, Prompter
 
 Swap = Literal["full", "random", "none"]
@@ -132,9 +134,14 @@ def tokenise(
     key = text_hash(table_hash(frame), prompter.prompt_hash, packing_hash(prompter), *settings)
     folder = cache / key[:20]
     if (accelerator is None or accelerator.is_main_process) and not (folder / "info.json").is_file():
-        with replacing_folder(folder) as temporary:
-            _write(temporary / "tokens.arrow", frame, prompter, formats, orders, seed)
-            write_json(temporary / "info.json", {"key": key, **prompter.describe()})
+        for left in cache.glob(".*.tmp*"):  # of runs that were killed, and that may never start again
+            with suppress(ValueError), lock(cache / left.name.split(".")[1]):
+                pass
+        with lock(folder, wait=True):  # another stage may be tokenising the same
+            if not (folder / "info.json").is_file():
+                with replacing_folder(folder) as temporary:
+                    _write(temporary / "tokens.arrow", frame, prompter, formats, orders, seed)
+                    write_json(temporary / "info.json", {"key": key, **prompter.describe()})
     if accelerator is not None:
         accelerator.wait_for_everyone()
     return _sequences(frame, *_read(folder, key, len(frame)))

@@ -27,7 +27,8 @@ from transformers import AutoModel, Gemma2Config, LlamaConfig, PreTrainedConfig,
 
 from common.console import cli, say
 from common.data.table import LABELS
-from common.files import file_hash, replacing, replacing_folder
+from common.files import file_hash, replacing
+from common.locks import replacing_folder
 from common.prompts import INSTRUCTION, PIECES
 from common.runs import Run
 

@@ -25,9 +25,10 @@ from packaging.utils import canonicalize_name
 from bundle_manifest import FORMAT, MANIFEST, files_of, read_bundle, read_manifest
 from common.console import cli, say, show_table
 from common.data.table import LABELS, Order, is_labelled, labels_array, scan
-from common.files import file_hash, read_json, replacing_folder, write_json
+from common.files import file_hash, read_json, write_json
+from common.locks import lock, replacing_folder
 from common.models import checkpoint_hash, load_model, read_preference, save_checkpoint
-from common.runs import code_hash
+from common.runs import check_whole, code_hash, read_run
 from common.score.calibration import cross_fit_weights
 from common.score.ensemble import contributed, interval, read_group
 from common.tokenizer import load_tokenizer
@@ -35,8 +36,7 @@ from common.trained import open_prompter
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVED = (
-    *("__init__", "files", "console", "batching", "ops", "models"),
-    *("chat_template", "tokenizer", "prompts", "trained"),
+    *("__init__", "files", "console", "batching", "ops", "models", "tokenizer", "prompts", "trained"),
     *("data/__init__", "data/table", "data/votes_csv", "score/__init__", "score/metrics"),
 )
 """Modules of `common` that the notebook needs."""
@@ -97,7 +97,9 @@ class Args:
 
 
 def main(args: Args) -> None:
-    build(describe(args), args, args.output or args.artifacts / "bundle")
+    output = args.output or args.artifacts / "bundle"
+    with lock(output):
+        build(describe(args), args, output)
 
 
 def build(manifest: dict, args: Args, output: Path, *, earlier: tuple[Path, ...] = ()) -> None:
@@ -194,8 +196,9 @@ def describe_final(path: Path) -> dict[str, object]:
     for name in ("run.json", "preference.json", "config.json", "trained_on.parquet"):
         if not (path / name).is_file():
             raise ValueError(f"{path} has no {name}: it is no finished final; run just stage3 MODEL --final")
-    if (status := read_json(path / "run.json").get("status")) != "complete":
+    if (status := (run := read_run(path))["status"]) != "complete":
         raise ValueError(f"{path} is not finished (status {status}): give its stage's command again")
+    check_whole(path, run)
     preference = read_preference(path)
     if preference["classes"] != list(LABELS):
         raise ValueError(

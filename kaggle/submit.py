@@ -9,7 +9,6 @@ Until all checks have passed the bundle lies in artifacts/bundle-unverified, and
 """
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import bundle
 import verify
 from bundle_manifest import read_verification
 from common.console import cli, say
+from common.locks import lock, move_in
 from common.train.recipe import by_flags
 from upload import upload
 
@@ -45,6 +45,12 @@ class Args:
 
 def main(args: Args) -> None:
     output = args.build.output or args.build.artifacts / "bundle"
+    with lock(output):
+        submit(output, args)
+
+
+def submit(output: Path, args: Args) -> None:
+    """Builds, proves and uploads what is not there yet."""
     manifest = bundle.describe(args.build)
     if bundle.is_same(output, manifest) and is_verified(output, args):
         say(f"{output} is up to date and verified")
@@ -52,8 +58,7 @@ def main(args: Args) -> None:
         candidate = output.with_name(f"{output.name}-unverified")
         bundle.build(manifest, args.build, candidate, earlier=(output,))
         verify.verify(candidate, args.proof, args.build.artifacts)
-        shutil.rmtree(output, ignore_errors=True)
-        candidate.rename(output)
+        move_in(candidate, output)
         say(f"{output} is complete")
     if args.upload:
         upload(output, owner=args.owner, slug=args.slug)

@@ -30,6 +30,7 @@ from common.console import cli, say, show_table
 from common.data.table import LABELS, SCHEMA, scan, swap
 from common.data.votes_csv import parse_texts, read_rows
 from common.files import file_hash, replacing, write_json
+from common.locks import lock
 from common.models import checkpoint_hash, use_threads
 from common.score.predict import predict
 from common.tokens import tokenise
@@ -106,7 +107,9 @@ class Check(NamedTuple):
 
 
 def main(args: Args) -> None:
-    verify(args.bundle or args.artifacts / "bundle", args.proof, args.artifacts)
+    bundle = args.bundle or args.artifacts / "bundle"
+    with lock(bundle):
+        verify(bundle, args.proof, args.artifacts)
 
 
 def verify(bundle: Path, proof: Proof, artifacts: Path) -> None:

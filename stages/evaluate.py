@@ -33,7 +33,7 @@ from common.score.calibration import MIN_LABELLED, calibrate
 from common.score.metrics import ENSEMBLE, FITTED, PRIOR
 from common.score.predict import predict_orders
 from common.tokens import tokenise
-from common.train.launch import leave, start
+from common.train.launch import leave, on_first, start
 from common.train.recipe import Execution, by_flags
 from common.trained import open_model, open_prompter
 
@@ -90,21 +90,24 @@ class Args:
 
 def main(args: Args) -> None:
     accelerator = start(replicas=True)
-    checkpoints = find_checkpoints(args) if args.table is None else {}
+    checkpoints = on_first(accelerator, lambda: find_checkpoints(args)) if args.table is None else {}
     frame, given = (None, {}) if args.table is None else ensemble.read_table(args.table)
     names = [*checkpoints, *given]
     weighing = resolve_ensemble(args, names)
     if frame is None:
         frame = find_comparisons(args, tuple(checkpoints.values()))
     check_calibration(args, frame)
-    run = Run.open(
-        args.execution.artifacts / "evaluate" / args.name,
-        recipe={"models": names, "orders": list(args.orders), **weighing},
-        inputs={
-            "checkpoints": [checkpoint_hash(path) for path in checkpoints.values()],
-            "probabilities": [],  # says nothing any more, but finished evaluations hold it
-            "comparisons": table_hash(frame) if args.table is None else ensemble.given_hash(frame, given),
-        },
+    run = on_first(
+        accelerator,
+        lambda: Run.open(
+            args.execution.artifacts / "evaluate" / args.name,
+            recipe={"models": names, "orders": list(args.orders), **weighing},
+            inputs={
+                "checkpoints": [checkpoint_hash(path) for path in checkpoints.values()],
+                "probabilities": [],  # says nothing any more, but finished evaluations hold it
+                "comparisons": table_hash(frame) if args.table is None else ensemble.given_hash(frame, given),
+            },
+        ),
     )
     if run.is_complete:
         say(f"{run.folder} is up to date")

@@ -24,7 +24,7 @@ from common.runs import Run, find_complete
 from common.score.ensemble import group_columns, read_group
 from common.score.predict import average, predict_orders
 from common.tokens import tokenise
-from common.train.launch import leave, start
+from common.train.launch import leave, on_first, start
 from common.train.recipe import Execution, by_flags
 from common.trained import open_model, open_prompter
 
@@ -62,7 +62,7 @@ class Args:
 def main(args: Args) -> None:
     artifacts = args.execution.artifacts
     accelerator = start(replicas=True)
-    teachers = args.teachers or find_complete(artifacts / "stage1")
+    teachers = args.teachers or on_first(accelerator, lambda: find_complete(artifacts / "stage1"))
     if len({teacher.name for teacher in teachers}) < len(teachers):
         raise ValueError(
             f"--teachers {' '.join(map(str, teachers))}: two have the same folder name, and their labels "
@@ -81,10 +81,13 @@ def main(args: Args) -> None:
 def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerator: Accelerator) -> None:
     """One teacher's probabilities, shard by shard in the order of (source, id)."""
     pool = without_seen(pool, teacher, args.seen)
-    run = Run.open(
-        output,
-        recipe={"orders": list(args.orders), "comparisons_per_shard": args.comparisons_per_shard},
-        inputs={"teacher": checkpoint_hash(teacher), "comparisons": table_hash(pool)},
+    run = on_first(
+        accelerator,
+        lambda: Run.open(
+            output,
+            recipe={"orders": list(args.orders), "comparisons_per_shard": args.comparisons_per_shard},
+            inputs={"teacher": checkpoint_hash(teacher), "comparisons": table_hash(pool)},
+        ),
     )
     if run.is_complete:
         say(f"{output} is up to date")

@@ -11,7 +11,16 @@ import pytest
 import torch
 from helpers import make_tokenizer
 
+from common.locks import release
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def end_of_script():
+    """Gives back what a script would hold until its end."""
+    yield
+    release()
 
 
 @pytest.fixture(scope="session")

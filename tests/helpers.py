@@ -1,12 +1,16 @@
 """Small tokenizers, checkpoints and comparisons for the tests."""
 
+import fcntl
 import json
 import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import IO
 
 import polars as pl
 import torch
@@ -244,3 +248,19 @@ def read_losses(folder: Path) -> list[float]:
     """The logged losses of a run, in the order of its steps."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
+
+
+@contextmanager
+def held_elsewhere(output: Path) -> Iterator[IO]:
+    """The lock of an output as another process would hold it; yields its file."""
+    path = output.with_name(f".{output.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    who = {"process": 4321, "host": "elsewhere", "start": "2031-01-02 03:04:05+00:00", "command": "stage1.py"}
+    path.write_text(json.dumps(who))
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield file
+
+
+HELD = "is being written by process 4321 on elsewhere .started 2031-01-02 03:04:05.00:00: stage1.py"
+"""What a second start is told then, as a regular expression."""

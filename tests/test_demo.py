@@ -3,7 +3,7 @@
 import numpy as np
 import polars as pl
 import pytest
-from helpers import ROOT
+from helpers import HELD, ROOT, held_elsewhere
 from sklearn.linear_model import LogisticRegression
 
 from bundle_manifest import read_bundle, read_verification
@@ -11,6 +11,7 @@ from common.data.table import LABELS, labels_array
 from common.files import read_json, write_json
 from common.runs import Run
 from common.score.metrics import log_loss, per_row_log_loss
+from data_prep import demo_arena
 from stages import demo
 
 DEMO = ROOT / "artifacts" / "demo"
@@ -102,6 +103,19 @@ def test_a_demo_of_other_votes_is_refused_and_nothing_touched(tmp_path):
     assert (tmp_path / "run.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("output", "start"),
+    [
+        ("demo", lambda folder: demo.main(demo.Args(output=folder / "demo"))),
+        ("raw", lambda folder: demo_arena.main(demo_arena.Args(output=folder))),
+    ],
+)
+def test_a_demo_has_one_writer(tmp_path, output, start):
+    with held_elsewhere(tmp_path / output), pytest.raises(ValueError, match=HELD):
+        start(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f".{output}.lock"]
+
+
 def test_a_finished_demo_is_shown_again_until_the_code_changes(tmp_path, monkeypatch, capsys):
     row = {"log_loss": 0.75, "log_loss_interval": [0.7, 0.8], "accuracy": 0.5, "prior_log_loss": 1.0}
     stages = [{"stage": "stage1", "model": "m", **row, "floor_log_loss": floor} for floor in (0.5, None)]
@@ -114,6 +128,11 @@ def test_a_finished_demo_is_shown_again_until_the_code_changes(tmp_path, monkeyp
     demo.main(demo.Args(output=tmp_path))
     said = capsys.readouterr().out
     assert "is up to date" in said and "50%" in said and "0.7000 to 0.8000" in said
+    summary = (tmp_path / "summary.json").read_bytes()
+    (tmp_path / "summary.json").write_bytes(summary[:-5])
+    with pytest.raises(ValueError, match=r"summary\.json: bytes \d+, but \d+ when the run was finished"):
+        demo.main(demo.Args(output=tmp_path))
+    (tmp_path / "summary.json").write_bytes(summary)
     monkeypatch.setattr(demo, "code_hash", lambda *paths: "2")
     monkeypatch.setattr(demo, "prepare", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

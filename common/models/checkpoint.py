@@ -19,7 +19,7 @@ from common.files import (
     SHA256,
     TEXT,
     check_fields,
-    file_hash,
+    known_hash,
     list_of,
     number,
     or_null,
@@ -242,4 +242,4 @@ def _write_config_and_tokenizer(folder: Path, config: Any, tokenizer: Any, dtype
 
 def checkpoint_hash(folder: Path) -> str:
     """Identity of a checkpoint: every file that is read of it, wherever the folder lies."""
-    return text_hash(*(f"{name} {file_hash(folder / name)}" for name in checkpoint_files(folder)))
+    return text_hash(*(f"{name} {known_hash(folder / name)}" for name in checkpoint_files(folder)))

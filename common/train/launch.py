@@ -2,19 +2,27 @@
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, fsdp2_prepare_model
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+    fsdp2_prepare_model,
+)
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from common.console import say
 from common.models import use_threads
 
+T = TypeVar("T")
 BARRIER_TIMEOUT = timedelta(hours=6)  # other processes wait while the first one tokenises or writes
 
 
@@ -70,6 +78,20 @@ def start(
         )
     say(f"the CPU computes with {use_threads()} a process")
     return accelerator
+
+
+def on_first(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """What `function` finds on the first process, on every one; its ValueError is raised on every one."""
+    found: list[object] = [None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = function()
+        except (ValueError, OSError) as error:
+            found[0] = ValueError(str(error))
+    broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return found[0]
 
 
 def leave(accelerator: Accelerator) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -17,12 +16,12 @@ from common.console import say, show_table
 from common.data.held_out import unseen
 from common.data.table import LABELS, labels_array, table_hash, write_table
 from common.prompts import Prompter, read_instruction
-from common.runs import Run
+from common.runs import Run, check_whole, read_run
 from common.score.metrics import prior_log_loss, score
 from common.score.predict import predict_orders
 from common.tokens import Sequences, orders_of, packing_hash, tokenise
 from common.train.fit import num_never_taken, plan_steps
-from common.train.launch import is_fsdp, leave, place, start
+from common.train.launch import is_fsdp, leave, on_first, place, start
 from common.train.recipe import Execution, Recipe, Training
 from common.trained import make_prompter
 
@@ -106,19 +105,23 @@ def open_run(
     """The run folder, described by the recipe and the hashes of everything that goes in.
 
     Raises:
-        ValueError: The folder holds another run.
+        ValueError: The folder holds another run, another process has it open, or the parent is not what its
+            own run has left.
     """
-    inputs: list[dict[str, object]] = [{}]
-    if accelerator.is_main_process:
-        inputs[0] = {
+
+    def open_first() -> Run:
+        if (parent.folder / "run.json").is_file():
+            check_whole(parent.folder, read_run(parent.folder))
+        inputs = {
             "checkpoint": models.checkpoint_hash(parent.folder),
             "train": table_hash(train),
             "held_out": None if held_out is None else table_hash(held_out),
             "prompt": parent.prompter.prompt_hash,
             "packing": packing_hash(parent.prompter),
         }
-    broadcast_object_list(inputs)
-    return Run.open(output, recipe={"stage": stage, "model": model, **asdict(recipe)}, inputs=inputs[0])
+        return Run.open(output, recipe={"stage": stage, "model": model, **asdict(recipe)}, inputs=inputs)
+
+    return on_first(accelerator, open_first)
 
 
 def tokenise_for(

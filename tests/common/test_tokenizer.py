@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from common import chat_template
 from common.files import read_json
 from common.prompts import Prompter
-from common.tokenizer import load_tokenizer
+from common.tokenizer import chat_template, load_tokenizer
 
 TOKENIZERS = {shape: make_shaped_tokenizer(shape) for shape in SHAPES}
 PROMPTERS = {name: Prompter(tokenizer, conversation_tokens=500) for name, tokenizer in TOKENIZERS.items()}

@@ -1,5 +1,6 @@
 """Tokenised once: what names a cache, what is read back, and what a damaged one does."""
 
+import fcntl
 import json
 from types import SimpleNamespace
 
@@ -7,7 +8,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
-from helpers import make_comparisons
+from helpers import HELD, held_elsewhere, make_comparisons
 
 from common import tokens
 from common.batching import FILLER_ROW, VarlenCollator
@@ -209,6 +210,36 @@ def test_a_killed_writer_of_the_same_number_is_no_obstacle(prompter, frame, tmp_
     folder.rename(tmp_path / f".{folder.name}.tmp-7")
     assert len(tokenise(frame, prompter, **BOTH, cache=tmp_path)) == 60
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_leftovers_of_runs_that_never_start_again_are_swept(prompter, frame, tmp_path):
+    for name in ("a" * 20, "b" * 20):
+        (tmp_path / f".{name}.tmp").mkdir()
+    with held_elsewhere(tmp_path / ("b" * 20)):
+        tokenise(frame, prompter, **BOTH, cache=tmp_path)
+        left = {path.name for path in tmp_path.iterdir() if path.name[0] == "."}
+    assert left == {f".{'b' * 20}.tmp", f".{'b' * 20}.lock"}, "that one is being written"
+
+
+def test_a_second_stage_waits_and_reads_what_the_first_has_tokenised(
+    prompter, frame, tmp_path, monkeypatch, capsys
+):
+    tokenise(frame, prompter, **BOTH, cache=tmp_path)
+    [folder] = tmp_path.iterdir()
+    folder.rename(tmp_path / "later")
+    flock = fcntl.flock
+    with held_elsewhere(folder) as file:
+
+        def wait(fd, how):
+            if not how & fcntl.LOCK_NB:  # the other stage comes to its end now
+                (tmp_path / "later").rename(folder)
+                flock(file, fcntl.LOCK_UN)
+            flock(fd, how)
+
+        monkeypatch.setattr(fcntl, "flock", wait)
+        monkeypatch.setattr(tokens, "_write", lambda *_: 1 / 0)
+        assert len(tokenise(frame, prompter, **BOTH, cache=tmp_path)) == 60
+    assert f"waiting for {folder}, which {HELD.split(' .')[0]}" in capsys.readouterr().err
 
 
 def test_readers_wait_for_the_writer(prompter, frame, tmp_path):

@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from helpers import make_checkpoint, make_comparisons, make_tokenizer
+from helpers import make_checkpoint, make_comparisons, make_preference, make_tokenizer
 
 from common import prompts, tokens
 from common.data.table import ORDERS
@@ -133,7 +133,7 @@ def trained(tmp_path_factory):
     backbone = make_checkpoint(tmp_path_factory.mktemp("trained") / "backbone", "gemma")
     prompter = make_prompter(backbone, conversation_tokens=150, instruction=INSTRUCTION, preference=None)
     folder = backbone.with_name("trained")
-    preference = {"prompt": prompter.describe()}
+    preference = make_preference(prompt=prompter.describe())
     save_checkpoint(folder, model=load_model(backbone), tokenizer=prompter.tokenizer, preference=preference)
     return folder
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_day_is_told_its_own_date(trained, tmp_path, mon
     tokenizer = make_tokenizer("gemma")
     tokenizer.chat_template += "{{ date_string }}"
     prompter = Prompter(tokenizer, conversation_tokens=150, date="2025-02-03")
-    preference = {"prompt": prompter.describe()}
+    preference = make_preference(prompt=prompter.describe())
     model = load_model(trained)
     save_checkpoint(tmp_path / "dated", model=model, tokenizer=tokenizer, preference=preference)
     opened = open_prompter(str(tmp_path / "dated"), preference)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from helpers import HELD, held_elsewhere
 
 from common.data.sources.find import fetch
 from common.data.sources.made import made_of, write_made
@@ -65,6 +66,23 @@ def test_only_the_same_bytes_and_flags_are_up_to_date(tmp_path):
         with pytest.raises(ValueError, match=f"{message}; pass --overwrite"):
             made(output, other)
         assert not made(output, other, overwrite=True)
+
+
+def test_a_table_has_one_writer_from_the_look_at_it_to_its_end(tmp_path):
+    output = tmp_path / "x.parquet"
+    with held_elsewhere(output), pytest.raises(ValueError, match=HELD):
+        made(output, wanted(tmp_path, seed=1))
+    assert not made(output, wanted(tmp_path, seed=1))
+    assert (tmp_path / ".x.parquet.lock").exists()
+    written(tmp_path)
+    assert (tmp_path / ".x.parquet.lock").exists()
+
+
+def test_what_a_killed_start_left_of_a_table_is_swept(tmp_path):
+    for name in ("x.parquet", "x.manifest.json", "x.rejected.parquet", "y.parquet"):
+        (tmp_path / f".{name}.abcdefgh.tmp").touch()
+    assert not made(tmp_path / "x.parquet", wanted(tmp_path, seed=1))
+    assert [path.name for path in tmp_path.glob(".*.tmp")] == [".y.parquet.abcdefgh.tmp"]
 
 
 def test_other_code_makes_it_again_without_asking(tmp_path):

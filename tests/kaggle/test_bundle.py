@@ -19,6 +19,7 @@ from bundle_manifest import MANIFEST, read_bundle
 from common.data.table import LABELS
 from common.files import file_hash, read_json, write_json
 from common.models import load_model
+from common.runs import Run
 
 
 def build(artifacts, **flags):
@@ -236,6 +237,16 @@ def test_no_final(tmp_path):
     with pytest.raises(ValueError, match=r"holds no final .* just stage3 MODEL --final"):
         build(tmp_path)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_final_that_is_not_what_its_run_has_left(artifacts):
+    folder = artifacts / "stage3/gemma9b-final"
+    Run(folder=folder, description={"recipe": {}, "inputs": {}}, is_complete=False).finish({})
+    build(artifacts)
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: bytes \d+, but \d+ when the run was"):
+        build(artifacts)
 
 
 def test_an_unfinished_final(artifacts):

@@ -24,7 +24,7 @@ from common.models import (
     save_checkpoint,
 )
 from common.models import weights as weight_files
-from common.prompts import load_tokenizer
+from common.tokenizer import load_tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

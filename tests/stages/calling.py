@@ -10,6 +10,8 @@ from unittest import mock
 
 from helpers import ROOT
 
+from common.locks import release
+
 
 class Called(NamedTuple):
     """What a script did."""
@@ -38,6 +40,8 @@ def call(script: str, *words: object, check: bool = True) -> Called:
             runpy.run_path(str(ROOT / "stages" / f"{script}.py"), run_name="__main__")
         except SystemExit as end:
             status = end.code or 0
+        finally:
+            release()  # as the end of a process does
     called = Called(status, stdout.getvalue(), stderr.getvalue())
     assert not (check and status), f"{argv}: status {status}\n{called.stderr}\n{called.stdout}"
     return called

@@ -3,19 +3,22 @@
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
 from calling import call, snapshot
-from helpers import ROOT, make_comparisons
+from helpers import HELD, ROOT, held_elsewhere, make_comparisons
 from launching import launch
 from rich.console import Console
 from safetensors import safe_open
@@ -31,9 +34,10 @@ from common.data.table import (
     table_hash,
     write_comparisons,
 )
-from common.files import file_hash, read_json
+from common.files import file_hash, read_json, write_json
 from common.models import checkpoint_hash, load_model
 from common.prompts import Prompter
+from common.train import launch as launching
 
 FAMILIES = ("gemma", "llama")
 RECIPE = ("--conversation-tokens", 128, "--comparisons-per-step", 12, "--lr", "3e-3")
@@ -98,6 +102,12 @@ def teachers(story, tmp_path):
     """Artifacts that hold copies of the teachers and nothing else."""
     shutil.copytree(story.artifacts / "stage1", tmp_path / "artifacts/stage1")
     return Story(story.world, tmp_path / "artifacts")
+
+
+def forget_results(folder):
+    """Makes a run one of before, which had noted nothing of its results: what was changed is not seen."""
+    run = read_json(folder / "run.json")
+    write_json(folder / "run.json", {name: value for name, value in run.items() if name != "files"})
 
 
 def group(frame, name):
@@ -255,6 +265,65 @@ def test_another_recipe_is_refused_and_the_field_named(story, tmp_path, name, ch
     assert snapshot(story.artifacts) == before
 
 
+OUTPUTS = {
+    "stage1": "stage1/tiny-gemma",
+    "pseudo_label": "pseudo/tiny-llama",
+    "stage2": "stage2/tiny-llama",
+    "stage3": "stage3/tiny-llama",
+    "stage3 --final": "stage3/tiny-llama-final",
+    "evaluate": "evaluate/evaluation",
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_second_start_on_one_output_is_refused(story, name):
+    before = snapshot(story.artifacts)
+    with held_elsewhere(story.artifacts / OUTPUTS[name]) as file:
+        found = call(*story.commands[name], check=False)
+    Path(file.name).unlink()
+    assert found.status == 1 and re.search(f"{OUTPUTS[name]} {HELD}", found.stderr)
+    assert snapshot(story.artifacts) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [
+        ("pseudo_label", "stage1/tiny-gemma"),
+        ("stage3", "stage2/tiny-llama"),
+        ("evaluate", "stage3/tiny-gemma"),
+        ("stage3", "stage3/tiny-llama"),
+    ],
+)
+def test_a_checkpoint_that_changed_after_its_run_is_not_taken(story, name, taken):
+    path = story.artifacts / taken / "sequences.json"
+    text = path.read_bytes()
+    try:
+        path.write_bytes(text[:-1] + b" ")
+        found = call(*story.commands[name], check=False)
+    finally:
+        path.write_bytes(text)
+    assert found.status == 1 and re.search("sequences.json: sha256 .*, but .* when the run", found.stderr)
+
+
+def test_an_error_of_the_first_process_is_everybodys(monkeypatch):
+    """What is sent, the others get; the first process alone looks."""
+    sent = []
+    monkeypatch.setattr(
+        launching, "broadcast_object_list", lambda objects: sent.append(pickle.dumps(objects))
+    )
+    with pytest.raises(ValueError, match="refused"):
+        launching.on_first(SimpleNamespace(is_main_process=True), lambda: int("refused"))
+    assert launching.on_first(SimpleNamespace(is_main_process=True), lambda: "a run") == "a run"
+
+    def receive(objects):
+        objects[:] = pickle.loads(sent.pop(0))  # noqa: S301 (our own)
+
+    monkeypatch.setattr(launching, "broadcast_object_list", receive)
+    with pytest.raises(ValueError, match="refused"):
+        launching.on_first(SimpleNamespace(is_main_process=False), lambda: 1 / 0)
+    assert launching.on_first(SimpleNamespace(is_main_process=False), lambda: 1 / 0) == "a run"
+
+
 # Soft labels
 
 
@@ -368,6 +437,7 @@ def test_merging_joins_by_key_not_by_position(story, teachers):
     permuted = frame.sample(fraction=1, shuffle=True, seed=2)
     assert not permuted.equals(frame)
     permuted.write_parquet(path)
+    forget_results(path.parent)
     call(*teachers.commands["pseudo_label"])
     assert read_labels(teachers).equals(read_labels(story))
 
@@ -377,6 +447,7 @@ def test_merging_leaves_out_what_not_every_teacher_labelled(story, teachers):
     shutil.rmtree(teachers.artifacts / "pseudo/ensemble")
     path = teachers.artifacts / "pseudo/tiny-llama/probabilities.parquet"
     pl.read_parquet(path)[3:].write_parquet(path)
+    forget_results(path.parent)
     assert (
         "3 comparisons are not labelled by every teacher" in call(*teachers.commands["pseudo_label"]).stdout
     )
@@ -582,6 +653,7 @@ def test_a_changed_tokenizer_is_refused_wherever_text_meets_model(story, tmp_pat
             vocabulary = content["model"]["vocab"]
             vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
             path.write_text(json.dumps(content))
+        forget_results(artifacts / folder)
     where = ("--artifacts", artifacts)
     votes = ("--votes", story.votes, *RECIPE)
     refused = {

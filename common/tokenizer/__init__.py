@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from common.chat_template import DATE, Conversation, render
 from common.files import text_hash
+from common.tokenizer.chat_template import DATE, Conversation, render
 
 INSTRUCTION_SLOT = "@@instruction@@"
 CONVERSATION_SLOT = "@@conversation@@"
