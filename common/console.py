@@ -5,7 +5,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import is_dataclass, replace
+from functools import wraps
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,9 +31,48 @@ def cli(main: Callable[[Any], None], *, arguments: Any = None) -> None:
     """
     import tyro  # only command lines need it, the notebook does not have it
 
-    kind = arguments if arguments is not None else next(iter(main.__annotations__.values()))
+    kind = next(iter(main.__annotations__.values()))
+    shown = {"description": kind.__doc__, "registry": _plain_words()}
     with clear_errors():
-        main(tyro.cli(kind))
+        main(tyro.cli(kind if arguments is None else arguments, **shown))
+
+
+def _plain_words() -> Any:
+    """How tyro shows our dataclasses: PATH for `{None}|PATH`, a mistake as one line for a box of inner names."""
+    from tyro.conf import arg
+    from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
+
+    registry, asking = ConstructorRegistry(), []
+
+    @registry.primitive_rule
+    def optional(info):
+        kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
+        if NoneType not in get_args(info.type) or len(kinds) > 1:
+            return None
+        found = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+        return replace(found, is_instance=lambda value: value is None or found.is_instance(value))
+
+    @registry.struct_rule
+    def struct(info):
+        if asking or not is_dataclass(info.type):
+            return None
+        asking.append(struct)  # for tyro's own rule: this one steps aside
+        found = ConstructorRegistry.get_struct_spec(info)
+        asking.clear()
+
+        @wraps(found.instantiate)
+        def make(*values, **named):
+            with clear_errors():
+                return found.instantiate(*values, **named)
+
+        unset = arg(help_behavior_hint="(optional)")  # the sentence says what is done then
+        fields = [
+            replace(field, type=Annotated[field.type, unset]) if field.default in (None, ()) else field
+            for field in found.fields
+        ]
+        return replace(found, instantiate=make, fields=tuple(fields))
+
+    return registry
 
 
 @contextmanager

@@ -55,9 +55,9 @@ class Args:
     checkpoint: str | None = None
     """Weights to start from: folder, hub id or short name; by default the model's published ones."""
     output: Path | None = None
-    """By default <artifacts>/stage2/<model>."""
+    """Folder of the run; by default <artifacts>/stage2/<model>."""
     instruction: Path | None = None
-    """Text file with another instruction for the prompt."""
+    """Text file with another instruction for the prompt; by default ours."""
 
 
 def main(args: Args) -> None:

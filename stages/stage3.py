@@ -45,9 +45,9 @@ class Args:
     checkpoint: str | None = None
     """The stage 2 student; by default <artifacts>/stage2/<model>."""
     output: Path | None = None
-    """By default <artifacts>/stage3/<model>, with -final behind it for --final."""
+    """Folder of the run; by default <artifacts>/stage3/<model>, with -final behind it for --final."""
     instruction: Path | None = None
-    """Text file with another instruction for the prompt."""
+    """Text file with another instruction for the prompt; by default ours."""
 
 
 def main(args: Args) -> None:

@@ -2,14 +2,19 @@
 
 import io
 import re
+import runpy
 import sys
 from dataclasses import dataclass
 
 import pytest
+from calling import call
+from helpers import ROOT
 from rich.console import Console
+from tyro.extras import subcommand_type_from_defaults
 
 from common import console
 from common.console import cli, progress, say, show_table
+from common.models.zoo import ZOO
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,10 @@ class Args:
 def command(monkeypatch):
     """Calls `cli` with a command line; returns the exit status (0 when it just returns)."""
 
-    def run(main, *words):
+    def run(main, *words, arguments=None):
         monkeypatch.setattr(sys, "argv", ["command", *words])
         try:
-            cli(main)
+            cli(main, arguments=arguments)
         except SystemExit as end:
             return end.code
         return 0
@@ -105,7 +110,7 @@ def test_our_own_defects_keep_their_traceback(command):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(("--nubmer", "1"), "--nubmer"), (("--number", "x"), "'x'"), (("--number", "-1"), "--number is -1")],
+    [(("--nubmer", "1"), "--nubmer"), (("--number", "x"), "'x'")],
 )
 def test_an_unreadable_command_line_is_status_2(command, capsys, words, expected):
     def main(args: Args) -> None:
@@ -114,6 +119,66 @@ def test_an_unreadable_command_line_is_status_2(command, capsys, words, expected
     assert command(main, *words) == 2
     found = capsys.readouterr()
     assert expected in found.err + found.out and "Traceback" not in found.err
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two of them."""
+
+    inner: Args
+
+
+def test_a_value_that_its_dataclass_refuses_is_one_line_and_status_1(command, capsys):
+    def main(args: Args) -> None:
+        pytest.fail("main must not run")
+
+    def nested(args: Pair) -> None:
+        main(args.inner)
+
+    def by_model(args: Args) -> None:
+        main(args)
+
+    choice = subcommand_type_from_defaults({"small": Args(), "large": Args(number=5)})
+    for one, words, arguments in (
+        (main, ["--number"], None),
+        (nested, ["--inner.number"], None),
+        (by_model, ["small", "--number"], choice),
+    ):
+        assert command(one, *words, "-1", arguments=arguments) == 1
+        assert capsys.readouterr() == ("", "error: --number is -1, expected at least 0\n")
+
+
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for folder in ("stages", "data_prep", "kaggle", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "cli(main" in path.read_text(encoding="utf-8") or "parse_args" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_gives_every_flag_a_sentence(script, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    model = ["tiny-gemma"] if "by_model(" in (ROOT / script).read_text(encoding="utf-8") else []
+    text = call(f"../{script.with_suffix('')}", *model, "--help").stdout
+    assert not re.search(r"\{None|\(default: (None)?\)|tyro|dummy|\bArgs\b", text)
+    assert all(len(line) <= width for line in text.splitlines() if not line.startswith("usage:"))
+    flags = re.split(r"\n[│| ]{,2}(?=--[a-z])", text)[1:]
+    assert len(flags) >= 2
+    for flag in flags:
+        assert re.search(
+            r" [A-Za-z][^.]{11,}.* \((default: .+|optional|required)\)", re.sub(r"[│|\s]+", " ", flag)
+        ), flag
+
+
+def test_help_says_what_each_model_is():
+    for stage in ("stage1", "stage2", "stage3"):
+        text = " ".join(call(stage, "--help").stdout.replace("│", " ").split())
+        for name in runpy.run_path(str(ROOT / "stages" / f"{stage}.py"))["RECIPES"]:
+            assert re.search(
+                rf"• {name} {ZOO[name]}: [\w .]*\d parameters", text.replace(" billion", "").replace(",", "")
+            ), name
 
 
 # progress
