@@ -38,7 +38,7 @@ def cli(main: Callable[[Any], None], *, arguments: Any = None) -> None:
 
 
 def _plain_words() -> Any:
-    """How tyro shows our dataclasses: PATH for `{None}|PATH`, a mistake as one line for a box of inner names."""
+    """How tyro shows our dataclasses: PATH, not `{None}|PATH`; a mistake as one line, not in a box."""
     from tyro.conf import arg
     from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
 
