@@ -147,7 +147,7 @@ def test_the_notebook_answers_every_id_where_no_row_is_readable(built, tmp_path,
     """Its cells as they stand, infer.py in this process."""
 
     def popen(command, **_):
-        monkeypatch.setattr("sys.argv", [str(word) for word in command[1:]])
+        monkeypatch.setattr("sys.argv", [*map(str, command[1:]), "--bundle", str(built / "bundle")])
         infer.main(infer.parse_arguments())
         return contextlib.nullcontext(argparse.Namespace(stdout=[], returncode=0))
 
