@@ -15,6 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 LINE_INTERVAL_SECONDS = 15.0
+LIVE_INTERVAL_SECONDS = 0.5
+SHORT_SECONDS = 1.0
+"""Work that is done within this is not worth a line."""
+LIVE = "PROGRESS_LIVE"
+"""Environment variable: the reader of our lines has a terminal; one that ends in "\\r" gives way to the next."""
+MAX_WHOLE = 20
+"""Characters of a cell, and of a word of a heading, that a table does not fold."""
 
 console = Console()
 if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -100,15 +107,21 @@ def say(text: str) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table, from the first process only; columns after the first are right-aligned."""
+    """Prints a table, from the first process only; columns after the first are right-aligned.
+
+    What is too wide for the terminal is folded, names and numbers last.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     say(title)  # above the table, not in it: rich would fold it to the table's width
-    table = Table()
+    table = Table(show_edge=False, pad_edge=False)
+    texts = [["-" if value is None else str(value) for value in row] for row in rows]
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in row))
+        found = [line for row in texts for line in row[i].split("\n")] + column.split()
+        whole = max((len(text) for text in found if len(text) <= MAX_WHOLE), default=None)
+        table.add_column(column, justify="right" if i else "left", overflow="fold", min_width=whole)
+    for row in texts:
+        table.add_row(*row)
     console.print(table)
 
 
@@ -159,16 +172,20 @@ def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Callab
 def _lines(description: str, total: int, unit: str, start: int) -> Iterator[Callable[..., None]]:
     began = last = time.monotonic()
     done = 0
+    is_live = LIVE in os.environ
+    interval = LIVE_INTERVAL_SECONDS if is_live else LINE_INTERVAL_SECONDS
 
     def advance(n: int, note: str = "") -> None:
         nonlocal done, last
         done += n
         now = time.monotonic()
-        if now - last >= LINE_INTERVAL_SECONDS or start + done >= total:
+        is_end = start + done >= total and now - began >= SHORT_SECONDS
+        if now - last >= interval or is_end:
             last = now
             rate = done / max(now - began, 1e-9)
             left = (total - start - done) / max(rate, 1e-9)
             line = f"{description}: {start + done:,}/{total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left"
-            print(f"{line}, {note}" if note else line, flush=True)
+            end = "\r" if is_live and not is_end else "\n"
+            print(f"{line}, {note}" if note else line, flush=True, end=end)
 
     yield advance

@@ -27,7 +27,7 @@ import torch
 
 from bundle_manifest import read_bundle
 from common.batching import length_sorted_micro_batches, pack
-from common.console import clear_errors, progress, say, show_table
+from common.console import clear_errors, progress, say
 from common.data.table import LABELS, NUM_SHOWN, ORDERS, TEXTS, write_table
 from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
 from common.files import read_json
@@ -298,10 +298,11 @@ def report_not_finite(name: str, by_order: dict[str, np.ndarray], ids: Sequence[
 
 def report(reasons: Sequence[str], num_rows: int, num_without_model: int) -> None:
     """Prints what was answered how."""
-    rows = [("by the models", num_rows - len(reasons) - num_without_model)]
-    rows += [(f"with the prior: {reason}", count) for reason, count in sorted(Counter(reasons).items())]
-    rows += [("with the prior: no model has finite logits", num_without_model)] if num_without_model else []
-    show_table("rows answered", ("how", "rows"), [(how, f"{count:,}") for how, count in rows])
+    priors = sorted(Counter(reasons).items())
+    priors += [("no model has finite logits", num_without_model)] if num_without_model else []
+    told = ", ".join(f"{count:,} {reason}" for reason, count in priors)
+    by_models = num_rows - len(reasons) - num_without_model
+    say(f"{by_models:,} rows answered by the models" + (f"; with the prior: {told}" if told else ""))
 
 
 def write_submission(path: Path, ids: Sequence[str], answers: np.ndarray) -> None:

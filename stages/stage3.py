@@ -68,7 +68,7 @@ def main(args: Args) -> None:
     title = f"stage3 {args.model} <- {parent.name}"
     if args.training.dry_run:
         sequences = steps.tokenise_for(recipe, train, parent, args.execution, accelerator)
-        steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
+        steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes, whole=True)
         return leave(accelerator)
     run = steps.open_run(
         "stage3", args.model, output, recipe, parent, train=train, held_out=held_out, accelerator=accelerator

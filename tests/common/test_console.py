@@ -210,12 +210,29 @@ def test_lines_where_nobody_watches(capsys, monkeypatch):
     ]
 
 
-def test_the_end_is_always_told(capsys):
-    with progress("tokenising", 3, "rows") as advance:
-        for _ in range(3):
+def test_lines_for_a_terminal_elsewhere_replace_each_other(capsys, monkeypatch):
+    clock = iter([0.0, 0.3, 0.6, 0.9, 1.2])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setenv(console.LIVE, "1")
+    with progress("training", 4, "steps") as advance:
+        for _ in range(4):
             advance(1)
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("tokenising: 3/3 rows, ") and line.endswith(" s left")
+    assert (
+        capsys.readouterr().out
+        == "training: 2/4 steps, 3.3/s, 1 s left\rtraining: 4/4 steps, 3.3/s, 0 s left\n"
+    )
+
+
+def test_the_end_is_told_of_what_took_a_while(capsys, monkeypatch):
+    clock = iter([0.0, 0.1, 1.0, 2.0, 2.9])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with progress("tokenising", 3, "rows") as advance:
+        advance(2)
+        advance(1)
+    assert capsys.readouterr().out == "tokenising: 3/3 rows, 3.0/s, 0 s left\n"
+    with progress("tokenising", 3, "rows") as advance:
+        advance(3)
+    assert capsys.readouterr().out == "", "what took less than a second is not worth a line"
 
 
 @pytest.mark.parametrize("watched", [True, False])
@@ -251,5 +268,5 @@ def test_a_line_is_printed_as_it_is(capsys):
 def test_a_table_shows_every_cell_whole(capsys):
     name = "tiny-gemma/swapped-and-a-rather-long-name"
     show_table("scores", ("model", "log loss"), [(name, 1.25), ("ensemble", None)])
-    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = [re.split(r"\s*│\s*", line) for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert rows == [[name, "1.25"], ["ensemble", "-"]]

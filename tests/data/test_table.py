@@ -122,7 +122,7 @@ def test_the_report_counts_what_is_worth_knowing(tmp_path):
         "without a label": 1,
     }
     assert str(report).splitlines()[0] == f"{tmp_path / 'x.parquet'}: 4 comparisons read, 4 kept"
-    assert "      2 with a null turn" in str(report)
+    assert ", 2 with a null turn" in str(report)
 
 
 BAD_ROWS = {

@@ -90,7 +90,7 @@ def test_malformed_rows_get_the_prior_and_are_counted(built, tmp_path, capsys):
         "no turns",
         "no list of texts",
     ):
-        assert f"with the prior: {reason}" in said
+        assert f"1 {reason}" in said.partition("2 rows answered by the models; with the prior: ")[2]
 
 
 def test_a_row_that_is_not_utf8_gets_the_prior_and_keeps_its_id(built, tmp_path, capsys):
@@ -101,7 +101,7 @@ def test_a_row_that_is_not_utf8_gets_the_prior_and_keeps_its_id(built, tmp_path,
     ids, answers = run(built / "bundle", test, tmp_path / "s.csv", max_unreadable_share=1.0)
     assert ids == ["1", "\ufffd"]
     assert np.allclose(answers, [0.4, 0.35, 0.25])
-    assert "with the prior: not UTF-8" in capsys.readouterr().out
+    assert "; with the prior: 1 no turns, 1 not UTF-8" in capsys.readouterr().out
 
 
 def write_rows(path, num_good, num_bad):
