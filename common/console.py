@@ -19,7 +19,7 @@ LIVE_INTERVAL_SECONDS = 0.5
 SHORT_SECONDS = 1.0
 """Work that is done within this is not worth a line."""
 LIVE = "PROGRESS_LIVE"
-"""Environment variable: the reader of our lines has a terminal; one that ends in "\\r" gives way to the next."""
+"""Environment variable: our reader has a terminal, where a line that ends in "\\r" gives way to the next."""
 MAX_WHOLE = 20
 """Characters of a cell, and of a word of a heading, that a table does not fold."""
 
