@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-LINE_INTERVAL_SECONDS = 15.0
+LINE_INTERVAL_SECONDS, LONGEST_INTERVAL_SECONDS = 15.0, 300.0
+"""Between the first two lines of progress in a log, doubled from line to line; and at the most."""
 LIVE_INTERVAL_SECONDS = 0.5
 SHORT_SECONDS = 1.0
 """Work that is done within this is not worth a line."""
 LIVE = "PROGRESS_LIVE"
 """Environment variable: our reader has a terminal, where a line that ends in "\\r" gives way to the next."""
 MAX_WHOLE = 20
-"""Characters of a cell, and of a word of a heading, that a table does not fold."""
+"""Characters of a cell, and of a word of a heading, that a table does not fold where it fits without."""
 
 console = Console()
 if not console.is_terminal and "COLUMNS" not in os.environ:
@@ -116,10 +117,16 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
     say(title)  # above the table, not in it: rich would fold it to the table's width
     table = Table(show_edge=False, pad_edge=False)
     texts = [["-" if value is None else str(value) for value in row] for row in rows]
-    for i, column in enumerate(columns):
-        found = [line for row in texts for line in row[i].split("\n")] + column.split()
-        whole = max((len(text) for text in found if len(text) <= MAX_WHOLE), default=None)
-        table.add_column(column, justify="right" if i else "left", overflow="fold", min_width=whole)
+    parts = [
+        [*column.split(), *(line for row in texts for line in row[i].split("\n"))]
+        for i, column in enumerate(columns)
+    ]
+    for longest in range(MAX_WHOLE, 4, -1):  # what is longer may be folded
+        widths = [max((len(part) for part in found if len(part) <= longest), default=1) for found in parts]
+        if sum(widths) + 3 * (len(columns) - 1) <= console.width:
+            break
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        table.add_column(column, justify="right" if i else "left", overflow="fold", min_width=width)
     for row in texts:
         table.add_row(*row)
     console.print(table)
@@ -176,12 +183,12 @@ def _lines(description: str, total: int, unit: str, start: int) -> Iterator[Call
     interval = LIVE_INTERVAL_SECONDS if is_live else LINE_INTERVAL_SECONDS
 
     def advance(n: int, note: str = "") -> None:
-        nonlocal done, last
+        nonlocal done, last, interval
         done += n
         now = time.monotonic()
         is_end = start + done >= total and now - began >= SHORT_SECONDS
         if now - last >= interval or is_end:
-            last = now
+            last, interval = now, interval if is_live else min(2 * interval, LONGEST_INTERVAL_SECONDS)
             rate = done / max(now - began, 1e-9)
             left = (total - start - done) / max(rate, 1e-9)
             line = f"{description}: {start + done:,}/{total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left"

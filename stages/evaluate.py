@@ -287,7 +287,7 @@ def show_scores(title: str, scores: dict[str, dict]) -> None:
     if not scores:
         say("the comparisons are unlabelled: no score")
         return
-    columns = ("model / order", "log loss", "95 % interval", "accuracy", "calibration", "swap")
+    columns = ("model / order", "log loss", "95 % interval", "accuracy", "ECE", "swap")
     best = scores[ENSEMBLE]
     title = (
         f"{title}, {best['num_comparisons']:,} comparisons; prior: always the mean of {scores[PRIOR]['from']}"

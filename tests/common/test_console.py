@@ -210,6 +210,16 @@ def test_lines_where_nobody_watches(capsys, monkeypatch):
     ]
 
 
+def test_lines_of_long_work_become_rarer(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    with progress("training", 300, "steps") as advance:
+        for _ in range(299):
+            advance(1)
+    told = [5 * int(steps) for steps in re.findall(r"training: (\d+)/300", capsys.readouterr().out)]
+    assert told == [15, 45, 105, 225, 465, 765, 1065, 1365]
+
+
 def test_lines_for_a_terminal_elsewhere_replace_each_other(capsys, monkeypatch):
     clock = iter([0.0, 0.3, 0.6, 0.9, 1.2])
     monkeypatch.setattr("time.monotonic", lambda: next(clock))
@@ -270,3 +280,46 @@ def test_a_table_shows_every_cell_whole(capsys):
     show_table("scores", ("model", "log loss"), [(name, 1.25), ("ensemble", None)])
     rows = [re.split(r"\s*│\s*", line) for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert rows == [[name, "1.25"], ["ensemble", "-"]]
+
+
+PATH, RANGE = "artifacts/demo/stage3/tiny-gemma-final", "(-0.0030 to 0.0045)"
+WIDE = {  # heading -> cell, of our widest tables
+    "scores": {
+        "model / order": "tiny-gemma/swapped",
+        "log loss": "0.7128",
+        "95 % interval": "0.6720 to 0.7570",
+    }
+    | {"accuracy": "0.711", "ECE": "0.042", "swap": "0.059"},
+    "calibration": {"model": "tiny-gemma", "without": "0.6520", "temperature": f"0.6513\n+0.0007\n{RANGE}"}
+    | {"vector": f"0.6513\n+0.0007\n{RANGE}", "kept": "temperature"},
+    "bundle": {
+        "model": "tiny-gemma",
+        "final": PATH,
+        "order": "swapped",
+        "weight": "2",
+        "template": "91a622357c79",
+    },
+    "verification": {"check": "test: probabilities within 0.001 of the stages'", "result": "passed"}
+    | {"detail": "64 rows, largest difference 1e-4 (id 600203568)"},
+    "leaks": {"sources": "lmsys1m_pairs and preference_sets"} | dict.fromkeys("abcde", "1,234,567"),
+    "recipe": {"recipe": "max_tokens_per_micro_batch", "value": "('PAB', 'PAPB')", "table": "('PAB',)"},
+}
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("cells", WIDE.values(), ids=WIDE)
+def test_a_wide_table_folds_long_texts_and_no_number(terminal, cells, width):
+    console.console.width = width - 2  # less what the demo puts before its children's lines
+    show_table("title", tuple(cells), [tuple(cells.values())])
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).splitlines()[1:]
+    assert max(map(len, lines)) <= width - 2
+    columns = list(zip(*(re.split("[│┃╇]", line) for line in lines), strict=True))
+    for (heading, cell), column in zip(cells.items(), columns, strict=True):
+        assert max(map(len, column)) > 5 or len(cell) < 6
+        found = [part.strip() for part in column]
+        for text in [*heading.split(), *cell.split("\n")]:
+            assert (
+                text in " ".join(found)
+                if len(text) <= 20
+                else text.replace(" ", "") in "".join(found).replace(" ", "")
+            )
