@@ -101,7 +101,7 @@ def test_a_row_that_is_not_utf8_gets_the_prior_and_keeps_its_id(built, tmp_path,
     ids, answers = run(built / "bundle", test, tmp_path / "s.csv", max_unreadable_share=1.0)
     assert ids == ["1", "\ufffd"]
     assert np.allclose(answers, [0.4, 0.35, 0.25])
-    assert "; with the prior: 1 no turns, 1 not UTF-8" in capsys.readouterr().out
+    assert "0 rows answered by the models; with the prior: 2 not UTF-8" in capsys.readouterr().out
 
 
 def write_rows(path, num_good, num_bad):
