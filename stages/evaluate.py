@@ -300,7 +300,8 @@ def show_scores(title: str, scores: dict[str, dict]) -> None:
     for by, slices in best["slices"].items():
         shown = [f"{name} {s['log_loss']:.4f} ({s['num_comparisons']:,})" for name, s in slices.items()]
         more = f", ... ({len(shown)} in scores.json)" if len(shown) > NUM_SLICES else ""
-        say(f"{ENSEMBLE} by {by}: {', '.join(shown[:NUM_SLICES])}{more}")
+        if len(shown) > 1:
+            say(f"{ENSEMBLE} by {by}: {', '.join(shown[:NUM_SLICES])}{more}")
 
 
 def score_row(group: str, found: dict) -> tuple[str | None, ...]:

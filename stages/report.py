@@ -82,10 +82,12 @@ def main(args: Args) -> None:
     page = render(TEMPLATE, name=artifacts.resolve().name, pictures=images, missing=missing, **found)
     with replacing(output / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    for (title, lines), section in zip(missing.items(), page.split("<section ")[1:], strict=True):
-        counts = f"pictures {section.count('<figure>')}, tables {section.count('<table>')}"
-        say("; ".join([f"{title}: {counts}", *lines]))
-    say(f"report: {output / 'report.html'}")
+    for title, lines in missing.items():
+        if lines:
+            say(f"{title}: {' '.join(lines)}")
+    say(
+        f"report: {page.count('<figure>')} pictures, {page.count('<table>')} tables in {output / 'report.html'}"
+    )
 
 
 def read_or_empty(path: Path) -> dict:
