@@ -85,9 +85,8 @@ def main(args: Args) -> None:
     for title, lines in missing.items():
         if lines:
             say(f"{title}: {' '.join(lines)}")
-    say(
-        f"report: {page.count('<figure>')} pictures, {page.count('<table>')} tables in {output / 'report.html'}"
-    )
+    counts = f"{page.count('<figure>')} pictures, {page.count('<table>')} tables"
+    say(f"report: {counts} in {output / 'report.html'}")
 
 
 def read_or_empty(path: Path) -> dict:
