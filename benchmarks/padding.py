@@ -37,9 +37,9 @@ class Args:
     repeats: int = 5
     """Timed passes; the median is shown."""
     device: str = "cpu"
-    """Where to compute."""
+    """Device to compute on, such as cpu or cuda:0."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of parameters and activations."""
+    """Dtype of parameters and activations."""
 
 
 def main(args: Args) -> None:

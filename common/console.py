@@ -6,13 +6,24 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import is_dataclass, replace
+from functools import wraps
+from types import NoneType
+from typing import Annotated, Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-LINE_INTERVAL_SECONDS = 15.0
+LINE_INTERVAL_SECONDS, LONGEST_INTERVAL_SECONDS = 15.0, 300.0
+"""Between the first two lines of progress in a log, doubled from line to line; and at the most."""
+LIVE_INTERVAL_SECONDS = 0.5
+SHORT_SECONDS = 1.0
+"""Work that is done within this is not worth a line."""
+LIVE = "PROGRESS_LIVE"
+"""Environment variable: our reader has a terminal, where a line that ends in "\r" gives way to the next."""
+MAX_WHOLE = 20
+"""Characters of a cell, and of a word of a heading, that a table does not fold where it fits without."""
 SECONDS_FIRST_WAITS, SECONDS_OTHERS_WAIT = 1, 5
 
 console = Console()
@@ -30,9 +41,49 @@ def cli(main: Callable[[Any], None], *, arguments: Any = None) -> None:
     """
     import tyro  # only command lines need it, the notebook does not have it
 
-    kind = arguments if arguments is not None else next(iter(main.__annotations__.values()))
+    kind = next(iter(main.__annotations__.values()))
+    shown = {"description": kind.__doc__, "registry": _plain_words()}
     with clear_errors():
-        main(tyro.cli(kind, console_outputs=os.environ.get("LOCAL_RANK", "0") == "0"))
+        is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+        main(tyro.cli(kind if arguments is None else arguments, console_outputs=is_first, **shown))
+
+
+def _plain_words() -> Any:
+    """How tyro shows our dataclasses: PATH, not `{None}|PATH`; a mistake as one line, not in a box."""
+    from tyro.conf import arg
+    from tyro.constructors import ConstructorRegistry, PrimitiveTypeInfo
+
+    registry, asking = ConstructorRegistry(), []
+
+    @registry.primitive_rule
+    def optional(info):
+        kinds = [kind for kind in get_args(info.type) if kind is not NoneType]
+        if NoneType not in get_args(info.type) or len(kinds) > 1:
+            return None
+        found = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kinds[0], info.markers))
+        return replace(found, is_instance=lambda value: value is None or found.is_instance(value))
+
+    @registry.struct_rule
+    def struct(info):
+        if asking or not is_dataclass(info.type):
+            return None
+        asking.append(struct)  # for tyro's own rule: this one steps aside
+        found = ConstructorRegistry.get_struct_spec(info)
+        asking.clear()
+
+        @wraps(found.instantiate)
+        def make(*values, **named):
+            with clear_errors():
+                return found.instantiate(*values, **named)
+
+        unset = arg(help_behavior_hint="(optional)")  # the sentence says what is done then
+        fields = [
+            replace(field, type=Annotated[field.type, unset]) if field.default in (None, ()) else field
+            for field in found.fields
+        ]
+        return replace(found, instantiate=make, fields=tuple(fields))
+
+    return registry
 
 
 @contextmanager
@@ -82,15 +133,27 @@ def say(text: str) -> None:
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table, from the first process only; columns after the first are right-aligned."""
+    """Prints a table, from the first process only; columns after the first are right-aligned.
+
+    What is too wide for the terminal is folded, names and numbers last.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     say(title)  # above the table, not in it: rich would fold it to the table's width
-    table = Table()
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in row))
+    table = Table(show_edge=False, pad_edge=False)
+    texts = [["-" if value is None else str(value) for value in row] for row in rows]
+    parts = [
+        [*column.split(), *(line for row in texts for line in row[i].split("\n"))]
+        for i, column in enumerate(columns)
+    ]
+    for longest in range(MAX_WHOLE, 4, -1):  # what is longer may be folded
+        widths = [max((len(part) for part in found if len(part) <= longest), default=1) for found in parts]
+        if sum(widths) + 3 * (len(columns) - 1) <= console.width:
+            break
+    for i, (column, width) in enumerate(zip(columns, widths, strict=True)):
+        table.add_column(column, justify="right" if i else "left", overflow="fold", min_width=width)
+    for row in texts:
+        table.add_row(*row)
     console.print(table)
 
 
@@ -141,16 +204,20 @@ def _bar(description: str, total: int, unit: str, start: int) -> Iterator[Callab
 def _lines(description: str, total: int, unit: str, start: int) -> Iterator[Callable[..., None]]:
     began = last = time.monotonic()
     done = 0
+    is_live = LIVE in os.environ
+    interval = LIVE_INTERVAL_SECONDS if is_live else LINE_INTERVAL_SECONDS
 
     def advance(n: int, note: str = "") -> None:
-        nonlocal done, last
+        nonlocal done, last, interval
         done += n
         now = time.monotonic()
-        if now - last >= LINE_INTERVAL_SECONDS or start + done >= total:
-            last = now
+        is_end = start + done >= total and now - began >= SHORT_SECONDS
+        if now - last >= interval or is_end:
+            last, interval = now, interval if is_live else min(2 * interval, LONGEST_INTERVAL_SECONDS)
             rate = done / max(now - began, 1e-9)
             left = (total - start - done) / max(rate, 1e-9)
             line = f"{description}: {start + done:,}/{total:,} {unit}, {rate:,.1f}/s, {left:,.0f} s left"
-            print(f"{line}, {note}" if note else line, flush=True)
+            end = "\r" if is_live and not is_end else "\n"
+            print(f"{line}, {note}" if note else line, flush=True, end=end)
 
     yield advance

@@ -92,7 +92,7 @@ class Args:
     num_test: int = 200
     """Unlabelled comparisons, to be submitted."""
     seed: int = 0
-    """Of the arena and of the weights."""
+    """Seed of the arena and of the weights."""
     train_csv: Path | None = None
     """Real votes: make only the checkpoints, with tokenizers trained on these texts."""
 

@@ -56,7 +56,7 @@ class Args:
     exclude: tuple[Path, ...] = ()
     """Comparison Parquets whose prompts must not occur."""
     seed: int = 42
-    """Decides which conversation stands for a model, who is paired with whom and who is A."""
+    """Seed that decides which conversation stands for a model, who is paired with whom and who is A."""
     skip_bad_rows: bool = False
     """Leave bad rows out and list them in <output>.rejected.parquet, instead of stopping."""
     overwrite: bool = False
@@ -184,7 +184,7 @@ def with_places(frame: pl.LazyFrame, bad: pl.DataFrame) -> pl.DataFrame:
 def choose_pairs(
     light: pl.DataFrame, excluded: pl.Series, *, seed: int
 ) -> tuple[pl.DataFrame, dict[str, int]]:
-    """Decides which conversations become a pair.
+    """Seed that decides which conversations become a pair.
 
     Args:
         light: `index`, conversation_id and `CONTENT` of good rows.

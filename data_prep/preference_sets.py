@@ -49,7 +49,7 @@ class Args:
     output: Path = Path("artifacts/data/preference_sets.parquet")
     """Comparison Parquet to write."""
     seed: int = 42
-    """Of the draw which answer becomes A."""
+    """Seed of the draw which answer becomes A."""
     exclude: tuple[Path, ...] = ()
     """Comparison tables; comparisons whose prompt stands in one of them are left out."""
     skip_bad_rows: bool = False

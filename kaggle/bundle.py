@@ -66,7 +66,7 @@ class Args:
     finals: tuple[Path, ...] = ()
     """Checkpoint folders; by default every complete one that is called <artifacts>/stage3/*-final."""
     output: Path | None = None
-    """By default <artifacts>/bundle."""
+    """Folder of the bundle; by default <artifacts>/bundle."""
     orders: tuple[OrderPolicy, ...] = ()
     """Order in which each final sees the answers, one a final; by default by model."""
     weights: tuple[float, ...] = ()

@@ -4,8 +4,9 @@ In    the bundle that this file lies in (manifest.json, code/, models/); test.cs
 Out   submission.csv: every id of test.csv in its order, three probabilities that sum to 1
 Run   python code/infer.py --test /kaggle/input/lmsys-chatbot-arena/test.csv --output submission.csv
 
-On a CPU it computes in fp32, on any number of GPUs in fp16. A row that cannot be read gets the prior, a
-model whose logits are not finite for a row is left out of that row's mean; both are counted and named.
+On a CPU it computes in fp32, on any number of GPUs in fp16. A row that cannot be read gets the prior, where
+these are no more than --max-unreadable-share; a model whose logits are not finite for a row is left out of
+that row's mean; both are counted and named.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import NoReturn
 
 sys.dont_write_bytecode = True  # the bundle stays as it was hashed
 
@@ -25,7 +27,7 @@ import torch
 
 from bundle_manifest import read_bundle
 from common.batching import length_sorted_micro_batches, pack
-from common.console import clear_errors, progress, say, show_table
+from common.console import clear_errors, progress, say
 from common.data.table import LABELS, NUM_SHOWN, ORDERS, TEXTS, write_table
 from common.data.votes_csv import LONE_SURROGATE, BadRowError, check_header, parse_texts, read_rows
 from common.models import PreferenceModel, load_model, read_preference, use_threads
@@ -36,6 +38,8 @@ from common.trained import open_prompter
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BF16_CAPABILITY = (8, 0)
 ROWS_PER_CHUNK = 512
+MAX_UNREADABLE_SHARE = 0.05
+"""A handful of rows that a writer broke; above it another separator or encoding has broken the file."""
 
 Comparison = tuple[list[str | None], list[str | None], list[str | None]]
 
@@ -45,6 +49,7 @@ def main(args: argparse.Namespace) -> None:
     dtype = choose_dtype(args.dtype, devices)
     manifest = read_bundle(args.bundle)
     ids, found = read_test(args.test)
+    check_readable(args.test, ids, found, args.max_unreadable_share)
     rows = [row for row, comparison in enumerate(found) if not isinstance(comparison, str)]
     comparisons, readable_ids = [found[row] for row in rows], [ids[row] for row in rows]
     where = f"{', '.join(map(str, devices))} in {str(dtype).removeprefix('torch.')}, {use_threads()}"
@@ -103,6 +108,21 @@ def read_comparison(header: Sequence[str], cells: Sequence[str]) -> Comparison |
     if len(turns) > 1:
         return "unequal turn counts"
     return "no turns" if turns == {0} else tuple(texts[name] for name in TEXTS)
+
+
+def check_readable(path: Path, ids: Sequence[str], found: Sequence[object], max_share: float) -> None:
+    """ValueError where a larger share of the rows than `max_share` cannot be read."""
+    bad = [(key, reason) for key, reason in zip(ids, found, strict=True) if isinstance(reason, str)]
+    if len(bad) > max_share * len(ids):
+        counts = ", ".join(
+            f"{count:,} {reason}" for reason, count in Counter(r for _, r in bad).most_common()
+        )
+        shown = ", ".join(repr(key) for key, _ in bad[:NUM_SHOWN])
+        raise ValueError(
+            f"{path}: {len(bad):,} of {len(ids):,} rows cannot be read, more than --max-unreadable-share "
+            f"{max_share:g} allows: {counts}; first ids {shown}. "
+            "Mend the file, or say --max-unreadable-share 1 to answer every such row with the prior"
+        )
 
 
 def find_devices(names: Sequence[str]) -> list[torch.device]:
@@ -277,10 +297,11 @@ def report_not_finite(name: str, by_order: dict[str, np.ndarray], ids: Sequence[
 
 def report(reasons: Sequence[str], num_rows: int, num_without_model: int) -> None:
     """Prints what was answered how."""
-    rows = [("by the models", num_rows - len(reasons) - num_without_model)]
-    rows += [(f"with the prior: {reason}", count) for reason, count in sorted(Counter(reasons).items())]
-    rows += [("with the prior: no model has finite logits", num_without_model)] if num_without_model else []
-    show_table("rows answered", ("how", "rows"), [(how, f"{count:,}") for how, count in rows])
+    priors = sorted(Counter(reasons).items())
+    priors += [("no model has finite logits", num_without_model)] if num_without_model else []
+    told = ", ".join(f"{count:,} {reason}" for reason, count in priors)
+    by_models = num_rows - len(reasons) - num_without_model
+    say(f"{by_models:,} rows answered by the models" + (f"; with the prior: {told}" if told else ""))
 
 
 def write_submission(path: Path, ids: Sequence[str], answers: np.ndarray) -> None:
@@ -291,21 +312,45 @@ def write_submission(path: Path, ids: Sequence[str], answers: np.ndarray) -> Non
     write_table(pl.DataFrame({"id": pl.Series(ids, dtype=pl.String), **columns}), path)
 
 
+class Parser(argparse.ArgumentParser):
+    """Argparse, whose complaint is an error as any other's: one line and status 1."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help lists the flags")
+
+
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """The command line, with argparse: the notebook has no tyro.
+
+    Raises:
+        ValueError: It cannot be understood.
+    """
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--test", type=Path, required=True, help="CSV: id, prompt, response_a, response_b")
-    add("--output", type=Path, default=Path("submission.csv"), help="CSV to write")
-    add("--bundle", type=Path, default=Path(__file__).resolve().parent.parent)
-    add("--devices", nargs="+", default=[], help="such as cuda:0 cuda:1; default: all GPUs or cpu")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="auto: fp16 on GPUs, fp32 on cpu")
-    add("--order", choices=(*ORDERS, "both"), help="of every model, in place of the manifest's")
-    add("--max-tokens-per-micro-batch", type=int, default=16_384, help="tokens a device at a time")
-    add("--details", type=Path, help="Parquet for every model's probabilities and token ids")
+    here = Path(__file__).resolve().parent.parent
+    text = "CSV to answer: id, prompt, response_a, response_b. (required)"
+    add("--test", metavar="PATH", type=Path, required=True, help=text)
+    text = "CSV to write. (default: %(default)s)"
+    add("--output", metavar="PATH", type=Path, default=Path("submission.csv"), help=text)
+    text = "Folder of the bundle; by default the one that this file lies in. (optional)"
+    add("--bundle", metavar="PATH", type=Path, default=here, help=text)
+    text = "Devices, such as cuda:0 cuda:1; by default all GPUs, or else cpu. (optional)"
+    add("--devices", metavar="NAME", nargs="+", default=[], help=text)
+    text = "Dtype of the computation; auto: fp16 on GPUs, fp32 on a CPU. (default: %(default)s)"
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help=text)
+    text = "Order of the answers, for every model; by default the manifest's of each. (optional)"
+    add("--order", choices=(*ORDERS, "both"), help=text)
+    text = "Tokens per device per micro-batch. (default: %(default)s)"
+    add("--max-tokens-per-micro-batch", metavar="INT", type=int, default=16_384, help=text)
+    text = "Share of rows, 0 to 1, that may be unreadable and get the prior. (default: %(default)s)"
+    add("--max-unreadable-share", metavar="FLOAT", type=float, default=MAX_UNREADABLE_SHARE, help=text)
+    text = "Parquet to write with every model's probabilities and token ids. (optional)"
+    add("--details", metavar="PATH", type=Path, help=text)
     args = parser.parse_args()
     if args.max_tokens_per_micro_batch < 1:
         parser.error(f"--max-tokens-per-micro-batch {args.max_tokens_per_micro_batch}: expected at least 1")
+    if not 0 <= args.max_unreadable_share <= 1:
+        parser.error(f"--max-unreadable-share {args.max_unreadable_share}: expected 0 to 1")
     return args
 
 

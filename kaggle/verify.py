@@ -94,7 +94,7 @@ class Args:
     artifacts: Path = Path("artifacts")
     """Tree of everything made; the bundle is found below it unless named."""
     bundle: Path | None = None
-    """By default <artifacts>/bundle."""
+    """Folder of the bundle; by default <artifacts>/bundle."""
     proof: Proof
 
 

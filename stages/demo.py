@@ -9,18 +9,22 @@ Run   just demo
 Every step is a script of this repository, run as printed; the two models train side by side, a thread each.
 """
 
+import io
 import os
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import polars as pl
+from rich.live import Live
+from rich.text import Text
 
-from common.console import cli, say, show_table
+from common.console import LIVE, cli, console, say, show_table
 from common.data.table import LABELS, labels_array, read_comparisons, scan, write_comparisons
 from common.files import file_hash, read_json, write_json
 from common.runs import Run, code_hash
@@ -139,26 +143,48 @@ def together(commands: list[list[str]]) -> None:
     Raises:
         ValueError: One of them failed; its command and its last lines are named.
     """
-    with ThreadPoolExecutor(2) as pool:
-        failures = [found for found in pool.map(run_one, commands) if found]
+    shown: dict[str, str] = {}  # prefix -> how far the command is, where there is a terminal
+    with (
+        Live(console=console, transient=True, get_renderable=lambda: live_lines(shown)),
+        ThreadPoolExecutor(2) as pool,
+    ):
+        failures = [found for found in pool.map(run_one, commands, repeat(shown)) if found]
     if failures:
         raise ValueError("; ".join(failures))
 
 
-def run_one(command: list[str]) -> str | None:
-    """Runs one command on one thread; returns what went wrong, or None."""
-    shown = shlex.join(["python", *command[1:]])
-    say(f"$ {shown}")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
-    prefix = f"[{command[2]}] " if command[2] in MODELS else ""
+def live_lines(running: dict[str, str]) -> Text:
+    """What is under way, a line a command."""
+    return Text("\n".join(list(running.values())), no_wrap=True, overflow="ellipsis")
+
+
+def run_one(command: list[str], running: dict[str, str]) -> str | None:
+    """Runs one command on one thread; returns what went wrong, or None.
+
+    Args:
+        command: Its words.
+        running: Takes the command's line of progress while it runs.
+    """
+    told = shlex.join(["python", *command[1:]])
+    say(f"$ {told}")
+    prefix = f"  [{command[2]}] " if command[2] in MODELS else "  "
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"COLUMNS": str(console.width - len(prefix))} | (
+        {LIVE: "1"} if console.is_terminal else {}
+    )
     with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     ) as process:
         last = ""
-        for line in process.stdout:
-            say(f"  {prefix}{line.rstrip()}")
+        for line in io.TextIOWrapper(process.stdout, encoding="utf-8", errors="replace", newline=""):
+            if line.endswith("\r"):
+                running[told] = f"{prefix}{line.rstrip()}"
+                continue
+            running.pop(told, None)
+            say(f"{prefix}{line.rstrip()}")
             last = line.rstrip() or last
-    return f"{shown} ended with status {process.returncode}: {last}" if process.returncode else None
+    running.pop(told, None)
+    return f"{told} ended with status {process.returncode}: {last}" if process.returncode else None
 
 
 def summarise(demo: Path, votes: Path) -> list[dict[str, object]]:
@@ -191,15 +217,15 @@ def known_floor(truth: Path, scored: pl.DataFrame) -> float | None:
 
 def show_summary(stages: list[dict[str, object]]) -> None:
     """Prints the ladder; the gap is that from the prior's log loss to the floor, where that is known."""
-    columns = ("stage", "model", "log loss", "95 % interval", "accuracy", "prior", "floor", "gap closed")
+    prior, floor = (stages[0][name] for name in ("prior_log_loss", "floor_log_loss"))  # of the same votes
     rows = []
     for row in stages:
-        loss, prior, floor = (row[name] for name in ("log_loss", "prior_log_loss", "floor_log_loss"))
-        interval = "{:.4f} to {:.4f}".format(*row["log_loss_interval"])
-        gap = (None, None) if floor is None else (f"{floor:.4f}", f"{(prior - loss) / (prior - floor):.0%}")
-        found = (f"{loss:.4f}", interval, f"{row['accuracy']:.3f}", f"{prior:.4f}", *gap)
-        rows.append((row["stage"], row["model"], *found))
-    show_table("held-out comparisons, both orders averaged", columns, rows)
+        loss, interval = row["log_loss"], "{:.4f} to {:.4f}".format(*row["log_loss_interval"])
+        gap = None if floor is None else f"{(prior - loss) / (prior - floor):.0%}"
+        rows.append((row["stage"], row["model"], f"{loss:.4f}", interval, f"{row['accuracy']:.3f}", gap))
+    say("held-out comparisons, both orders averaged")
+    bounds = f"prior {prior:.4f}" + ("" if floor is None else f", floor {floor:.4f}")
+    show_table(bounds, ("stage", "model", "log loss", "95 % interval", "accuracy", "gap closed"), rows)
 
 
 def show_results(demo: Path) -> None:

@@ -37,6 +37,9 @@ from common.train.launch import leave, on_first, start
 from common.train.recipe import Execution, by_flags
 from common.trained import open_model, open_prompter
 
+NUM_SLICES = 4
+"""Shown of each kind; scores.json and the report have all."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Args:
@@ -284,32 +287,25 @@ def find_calibration(run: Run, frame: pl.DataFrame) -> dict[str, object]:
 
 
 def show_scores(title: str, scores: dict[str, dict]) -> None:
-    """Prints one row a model and order, then the fitted weights and the ensemble's slices."""
+    """Prints one row a model and order, the fitted weights, and log loss (comparisons) of each slice."""
     if not scores:
         say("the comparisons are unlabelled: no score")
         return
-    columns = ("model / order", "comparisons", "log loss", "95 % interval", "accuracy", "calibration", "swap")
+    columns = ("model / order", "log loss", "95 % interval", "accuracy", "ECE", "swap")
+    best = scores[ENSEMBLE]
+    title = (
+        f"{title}, {best['num_comparisons']:,} comparisons; prior: always the mean of {scores[PRIOR]['from']}"
+    )
     show_table(title, columns, [score_row(group, found) for group, found in scores.items()])
-    say(f"prior: always the mean of {scores[PRIOR]['from']}")
     if fitted := scores.get(FITTED):
         weights = ", ".join(f"{name} {weight:.3f}" for name, weight in fitted["weights"].items())
         gain = f"gain {fitted['gain']:.4f} ({ensemble.interval(fitted['gain_interval'])})"
         say(f"{FITTED}: {gain} over the given weights, across folds; weights fitted on all: {weights}")
-    show_table(
-        f"{title}, {ENSEMBLE} by slice",
-        ("slice", "by", "comparisons", "log loss", "95 % interval"),
-        [
-            (
-                name,
-                dimension,
-                f"{s['num_comparisons']:,}",
-                f"{s['log_loss']:.4f}",
-                ensemble.interval(s["interval"]),
-            )
-            for dimension, groups in scores[ENSEMBLE]["slices"].items()
-            for name, s in groups.items()
-        ],
-    )
+    for by, slices in best["slices"].items():
+        shown = [f"{name} {s['log_loss']:.4f} ({s['num_comparisons']:,})" for name, s in slices.items()]
+        more = f", ... ({len(shown)} in scores.json)" if len(shown) > NUM_SLICES else ""
+        if len(shown) > 1:
+            say(f"{ENSEMBLE} by {by}: {', '.join(shown[:NUM_SLICES])}{more}")
 
 
 def score_row(group: str, found: dict) -> tuple[str | None, ...]:
@@ -317,7 +313,6 @@ def score_row(group: str, found: dict) -> tuple[str | None, ...]:
     swap = found.get("swap_consistency")
     return (
         group,
-        f"{found['num_comparisons']:,}",
         f"{found['log_loss']:.4f}",
         ensemble.interval(found["log_loss_interval"]),
         f"{found['accuracy']:.3f}",
@@ -331,13 +326,13 @@ def show_calibration(title: str, found: dict[str, dict]) -> None:
     rows = []
     for name, one in {**found["per_model"], ENSEMBLE: found}.items():
         judged = [
-            f"{fit['log_loss']:.4f}\n{fit['gain']:+.4f} ({ensemble.interval(fit['gain_interval'])})"
+            f"{fit['log_loss']:.4f}\n{fit['gain']:+.4f}\n({ensemble.interval(fit['gain_interval'])})"
             for fit in (one["temperature"], one["vector"])
         ]
         rows.append((name, f"{one['uncalibrated_log_loss']:.4f}", *judged, one["kept"] or "neither"))
     show_table(
         f"{title}, calibrated across folds: log loss; gain (95 % interval)",
-        ("model", "uncalibrated", "temperature", "vector", "kept"),
+        ("model", "without", "temperature", "vector", "kept"),
         rows,
     )
 

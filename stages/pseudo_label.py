@@ -40,7 +40,7 @@ class Args:
     """The pool; by default those of lmsys1m_pairs.parquet and preference_sets.parquet below <artifacts>/data
     that are there."""
     output: Path | None = None
-    """By default <artifacts>/pseudo."""
+    """Folder of the labels; by default <artifacts>/pseudo."""
     orders: tuple[Order, ...] = ORDERS
     """Orders in which the answers are shown; averaging both costs twice the time and is worth it."""
     seen: Seen = "refuse"

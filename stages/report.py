@@ -21,7 +21,7 @@ from common.console import cli, say
 from common.data.table import LABELS, is_labelled, scan
 from common.files import read_json, replacing
 from common.report import pictures
-from common.report.page import data_uri, listed, render
+from common.report.page import data_uri, filled, listed, render
 from common.score.metrics import ENSEMBLE, FITTED, PRIOR
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -69,8 +69,10 @@ def main(args: Args) -> None:
             "Name the folder of a run (--artifacts artifacts/demo), or make one: just demo"
         )
     found = {"trained": trained, "labellings": labellings, "evaluations": evaluations, "bundle": bundle}
+    found["served"] = find_served(**found)
     missing = list_missing(**found)
     found["scored"] = [one for one in evaluations if one["pooled"]]
+    found["scored"].sort(key=lambda one: one is not found["served"])  # what the bundle serves comes first
     last_first = sorted(found["scored"], key=lambda one: "stage" in one["name"])
     found["ladder"] = {one["name"]: one["rungs"] for one in reversed(last_first)}
     checks = bundle["verify"].get("checks", [])
@@ -80,10 +82,11 @@ def main(args: Args) -> None:
     page = render(TEMPLATE, name=artifacts.resolve().name, pictures=images, missing=missing, **found)
     with replacing(output / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
-    for (title, lines), section in zip(missing.items(), page.split("<section ")[1:], strict=True):
-        counts = f"pictures {section.count('<figure>')}, tables {section.count('<table>')}"
-        say("; ".join([f"{title}: {counts}", *lines]))
-    say(f"report: {output / 'report.html'}")
+    for title, lines in missing.items():
+        if lines:
+            say(f"{title}: {' '.join(lines)}")
+    counts = f"{page.count('<figure>')} pictures, {page.count('<table>')} tables"
+    say(f"report: {counts} in {output / 'report.html'}")
 
 
 def read_or_empty(path: Path) -> dict:
@@ -120,6 +123,7 @@ def read_trained(parent: Path) -> list[dict]:
             run["lengths"] = {"name": run["name"], "title": run["title"], "note": note, "share": share}
             run["lengths"] |= {**found, **{key: found[name] for key, name in keys.items()}}
         lineage, metrics = (run["preference"].get(key, {}) for key in ("lineage", "metrics"))
+        run["held_out"] = metrics.get("log_loss")
         if lineage.get("parent"):
             sources = listed(lineage.get("train_sources", {}), "{} {:,}") or "not recorded"
             loss = f"{metrics['log_loss']:.4f}" if "log_loss" in metrics else "nothing held out"
@@ -137,6 +141,10 @@ def read_evaluations(artifacts: Path) -> list[dict]:
     stages = read_or_empty(artifacts / "summary.json").get("stages", [])
     floors = {row["stage"]: row.get("floor_log_loss") for row in stages}
     evaluations = read_folders(artifacts / "evaluate")
+    votes = {one["name"]: one["run"].get("inputs", {}).get("comparisons") for one in evaluations}
+    floors |= {
+        name: floors[stage] for name in votes for stage in floors if votes[name] == votes.get(stage, "")
+    }
     for one in evaluations:
         recipe, scores = one["run"]["recipe"], one["scores"]
         orders = recipe.get("ensemble_orders") or ["both"] * len(recipe["models"])
@@ -159,6 +167,35 @@ def read_evaluations(artifacts: Path) -> list[dict]:
         return re.findall(r"stage(\d)", one["name"])[:1], (one["folder"] / "run.json").stat().st_mtime
 
     return sorted(evaluations, key=rank, reverse=True)
+
+
+def find_served(
+    trained: dict[str, list[dict]], labellings: list[dict], evaluations: list[dict], bundle: dict
+) -> dict | None:
+    """The scored evaluation of the bundle's ensemble: its models, orders and weights, on the validation runs.
+
+    An earlier stage may be weighed likewise; what it scored was a teacher, or the start of another run.
+    """
+    models = bundle["manifest"].get("models", [])
+    wanted = members(*([model.get(key) for model in models] for key in ("name", "order", "weight")))
+    earlier = {one["run"].get("inputs", {}).get("teacher") for one in labellings}
+    runs = (run for of_stage in trained.values() for run in of_stage)
+    earlier |= {run["preference"].get("lineage", {}).get("checkpoint") for run in runs}
+    for one in evaluations:
+        recipe, scored = one["run"]["recipe"], one["run"].get("inputs", {}).get("checkpoints", [])
+        orders = recipe.get("ensemble_orders") or ["both"] * len(recipe["models"])
+        is_same = members(recipe["models"], orders, recipe.get("weights", [])) == wanted != {}
+        if is_same and ENSEMBLE in one["pooled"] and not earlier & set(scored):
+            return one
+    return None
+
+
+def members(names: list[str], orders: list[str], weights: list[float]) -> dict[str, tuple[str, float]]:
+    """Model -> its order and its share of the ensemble; nothing where not all have a weight."""
+    if None in weights or not sum(weights):
+        return {}
+    found = zip(names, orders, weights, strict=True)
+    return {name: (order, round(weight / sum(weights), 4)) for name, order, weight in found}
 
 
 def short(group: str) -> str:
@@ -220,7 +257,11 @@ def read_probabilities(path: Path) -> dict[str, np.ndarray]:
 
 
 def list_missing(
-    trained: dict[str, list[dict]], labellings: list[dict], evaluations: list[dict], bundle: dict
+    trained: dict[str, list[dict]],
+    labellings: list[dict],
+    evaluations: list[dict],
+    bundle: dict,
+    served: dict | None,
 ) -> dict[str, list[str]]:
     """Section, in the page's order -> sentences on what is not there and how to make it."""
     scored = [one for one in evaluations if one["pooled"]]
@@ -242,8 +283,17 @@ def list_missing(
     is_calibrated = any(one["calibration"] for one in scored)
     calibrate = "give a finished evaluation's command the flag --calibrate"
     train = "train one with: just stage1 MODEL"
+    models = bundle["manifest"].get("models", [])
+    flags = [("ensemble-orders", "{order}"), ("weights", "{weight:g}")]
+    words = [f"--{flag} {' '.join(filled(model, form) for model in models)}" for flag, form in flags]
+    serve = f"score its models' validation runs with: just evaluate {' '.join(words)} --name served"
     has_origin = any(run["origin"] for run in runs)
     for title, is_there, sentence in (
+        (
+            "Scores",
+            served or not bundle["manifest"],
+            f"No evaluation scores what the bundle serves; {serve}.",
+        ),
         ("Calibration", is_calibrated or not scored, f"No calibration was fitted; {calibrate}."),
         ("Sequence lengths", runs, "Nothing was trained; begin with: just stage1 MODEL."),
         ("Lineage", labellings, "There are no pseudo labels; make them with: just pseudo-label."),

@@ -56,9 +56,9 @@ class Args:
     checkpoint: str | None = None
     """Weights to start from: folder, hub id or short name; by default the model's published ones."""
     output: Path | None = None
-    """By default <artifacts>/stage2/<model>."""
+    """Folder of the run; by default <artifacts>/stage2/<model>."""
     instruction: Path | None = None
-    """Text file with another instruction for the prompt."""
+    """Text file with another instruction for the prompt; by default ours."""
 
 
 def main(args: Args) -> None:
@@ -80,7 +80,7 @@ def main(args: Args) -> None:
     title = f"stage2 {args.model} <- {parent.name}"
     if args.training.dry_run:
         sequences = steps.tokenise_for(recipe, train, parent, args.execution, accelerator)
-        steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
+        steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes, whole=True)
         return leave(accelerator)
     run = steps.open_run(
         "stage2", args.model, output, recipe, parent, train=train, held_out=held_out, accelerator=accelerator

@@ -46,9 +46,9 @@ class Args:
     checkpoint: str | None = None
     """The stage 2 student; by default <artifacts>/stage2/<model>."""
     output: Path | None = None
-    """By default <artifacts>/stage3/<model>, with -final behind it for --final."""
+    """Folder of the run; by default <artifacts>/stage3/<model>, with -final behind it for --final."""
     instruction: Path | None = None
-    """Text file with another instruction for the prompt."""
+    """Text file with another instruction for the prompt; by default ours."""
 
 
 def main(args: Args) -> None:
@@ -69,7 +69,7 @@ def main(args: Args) -> None:
     title = f"stage3 {args.model} <- {parent.name}"
     if args.training.dry_run:
         sequences = steps.tokenise_for(recipe, train, parent, args.execution, accelerator)
-        steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
+        steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes, whole=True)
         return leave(accelerator)
     run = steps.open_run(
         "stage3", args.model, output, recipe, parent, train=train, held_out=held_out, accelerator=accelerator

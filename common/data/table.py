@@ -76,10 +76,11 @@ class ReadReport:
 
     def __str__(self) -> str:
         files = ", ".join(str(path) for path in self.paths)
-        lines = [f"{files}: {self.num_read:,} comparisons read, {self.num_kept:,} kept"]
+        counts = [f"{self.num_read:,} comparisons read", f"{self.num_kept:,} kept"]
+        counts += [f"{count:,} {note}" for note, count in self.notes.items()]
+        lines = [f"{files}: {', '.join(counts)}"]
         reasons = self.rejected["reason"].value_counts().sort("count", "reason", descending=[True, False])
         lines += [f"  {count:>7,} rejected: {reason}" for reason, count in reasons.iter_rows()]
-        lines += [f"  {count:>7,} {note}" for note, count in self.notes.items()]
         return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import tyro
 
+from common.models.zoo import ZOO
 from common.prompts import Format
 from common.tokens import Swap
 from common.train.optim import Accumulation, OptimizerName
@@ -57,7 +58,7 @@ class Recipe:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of parameters and optimiser states."""
     seed: int = 3
-    """Of the head's initialisation, the shuffle and the dropout."""
+    """Seed of the head's initialisation, the shuffle and the dropout."""
 
     def __post_init__(self) -> None:
         for name in ("conversation_tokens", "comparisons_per_step", "max_tokens_per_micro_batch", "epochs"):
@@ -132,10 +133,24 @@ class Training:
             )
 
 
+SIZES = {
+    "gemma9b": "9.2 billion parameters",
+    "gemma27b": "27.2 billion parameters",
+    "armorm8b": "a reward model of 7.5 billion parameters",
+    "tiny-gemma": "150,000 parameters, for a CPU",
+    "tiny-llama": "150,000 parameters, for a CPU",
+}
+"""What `--help` says of each model."""
+
+
 def by_model(args_type: type, table: dict[str, Recipe]) -> object:
     """A command line with one subcommand a model, whose flags default to the model's recipe."""
-    defaults = {name: args_type(model=name, recipe=recipe) for name, recipe in table.items()}
-    kind = tyro.extras.subcommand_type_from_defaults(defaults, prefix_names=False, sort_subcommands=False)
+    kind = tyro.extras.subcommand_type_from_defaults(
+        {name: args_type(model=name, recipe=recipe) for name, recipe in table.items()},
+        {name: f"{ZOO[name]}: {SIZES[name]}." for name in table},
+        prefix_names=False,
+        sort_subcommands=False,
+    )
     return tyro.conf.OmitArgPrefixes[kind]
 
 

@@ -139,13 +139,17 @@ def tokenise_for(
     )
 
 
-def describe(title: str, recipe: Recipe, table: Recipe, sequences: Sequences, num_processes: int) -> None:
-    """Prints the resolved recipe, what differs from the stage's table, and what it amounts to."""
+def describe(
+    title: str,
+    recipe: Recipe,
+    table: Recipe,
+    sequences: Sequences,
+    num_processes: int,
+    *,
+    whole: bool = False,
+) -> None:
+    """Prints what differs from the stage's table (`whole`: the whole recipe), and what it amounts to."""
     changed = recipe.changed_from(table)
-    rows = [
-        (name, value, changed[name][0] if name in changed else "") for name, value in asdict(recipe).items()
-    ]
-    show_table(title, ("recipe", "value", "table"), rows)
     lengths = sequences.lengths
     rows = [
         ("comparisons", f"{len(sequences.frame):,}"),
@@ -158,6 +162,12 @@ def describe(title: str, recipe: Recipe, table: Recipe, sequences: Sequences, nu
         ("truncated sequences", f"{int(sequences.truncated.sum()):,}"),
         ("pairs that became identical", f"{int(sequences.became_identical.sum()):,}"),
     ]
+    if not whole:
+        differs = ", ".join(f"{name} {ours} for {theirs}" for name, (theirs, ours) in changed.items())
+        say(f"{title}; recipe: {differs or 'as in the table'}")
+        return say("; ".join(f"{name} {value}" for name, value in rows))
+    values = [(name, value, changed.get(name, ("",))[0]) for name, value in asdict(recipe).items()]
+    show_table(title, ("recipe", "value", "table"), values)
     show_table("what this amounts to", ("", "number"), rows)
 
 

@@ -2,15 +2,20 @@
 
 import io
 import re
+import runpy
 import signal
 import sys
 from dataclasses import dataclass
 
 import pytest
+from calling import call
+from helpers import ROOT
 from rich.console import Console
+from tyro.extras import subcommand_type_from_defaults
 
 from common import console
 from common.console import cli, progress, say, show_table
+from common.models.zoo import ZOO
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,10 @@ class Args:
 def command(monkeypatch):
     """Calls `cli` with a command line; returns the exit status (0 when it just returns)."""
 
-    def run(main, *words):
+    def run(main, *words, arguments=None):
         monkeypatch.setattr(sys, "argv", ["command", *words])
         try:
-            cli(main)
+            cli(main, arguments=arguments)
         except SystemExit as end:
             return end.code
         return 0
@@ -173,7 +178,7 @@ def test_our_own_defects_keep_their_traceback(command):
 
 @pytest.mark.parametrize(
     ("words", "expected"),
-    [(("--nubmer", "1"), "--nubmer"), (("--number", "x"), "'x'"), (("--number", "-1"), "--number is -1")],
+    [(("--nubmer", "1"), "--nubmer"), (("--number", "x"), "'x'")],
 )
 def test_an_unreadable_command_line_is_status_2(command, capsys, words, expected):
     def main(args: Args) -> None:
@@ -182,6 +187,66 @@ def test_an_unreadable_command_line_is_status_2(command, capsys, words, expected
     assert command(main, *words) == 2
     found = capsys.readouterr()
     assert expected in found.err + found.out and "Traceback" not in found.err
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two of them."""
+
+    inner: Args
+
+
+def test_a_value_that_its_dataclass_refuses_is_one_line_and_status_1(command, capsys):
+    def main(args: Args) -> None:
+        pytest.fail("main must not run")
+
+    def nested(args: Pair) -> None:
+        main(args.inner)
+
+    def by_model(args: Args) -> None:
+        main(args)
+
+    choice = subcommand_type_from_defaults({"small": Args(), "large": Args(number=5)})
+    for one, words, arguments in (
+        (main, ["--number"], None),
+        (nested, ["--inner.number"], None),
+        (by_model, ["small", "--number"], choice),
+    ):
+        assert command(one, *words, "-1", arguments=arguments) == 1
+        assert capsys.readouterr() == ("", "error: --number is -1, expected at least 0\n")
+
+
+SCRIPTS = [
+    path.relative_to(ROOT)
+    for folder in ("stages", "data_prep", "kaggle", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "cli(main" in path.read_text(encoding="utf-8") or "parse_args" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_help_gives_every_flag_a_sentence(script, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    model = ["tiny-gemma"] if "by_model(" in (ROOT / script).read_text(encoding="utf-8") else []
+    text = call(f"../{script.with_suffix('')}", *model, "--help").stdout
+    assert not re.search(r"\{None|\(default: (None)?\)|tyro|dummy|\bArgs\b", text)
+    assert all(len(line) <= width for line in text.splitlines() if not line.startswith("usage:"))
+    flags = re.split(r"\n[│| ]{,2}(?=--[a-z])", text)[1:]
+    assert len(flags) >= 2
+    for flag in flags:
+        assert re.search(
+            r" [A-Za-z][^.]{11,}.* \((default: .+|optional|required)\)", re.sub(r"[│|\s]+", " ", flag)
+        ), flag
+
+
+def test_help_says_what_each_model_is():
+    for stage in ("stage1", "stage2", "stage3"):
+        text = " ".join(call(stage, "--help").stdout.replace("│", " ").split())
+        for name in runpy.run_path(str(ROOT / "stages" / f"{stage}.py"))["RECIPES"]:
+            assert re.search(
+                rf"• {name} {ZOO[name]}: [\w .]*\d parameters", text.replace(" billion", "").replace(",", "")
+            ), name
 
 
 # progress
@@ -213,12 +278,39 @@ def test_lines_where_nobody_watches(capsys, monkeypatch):
     ]
 
 
-def test_the_end_is_always_told(capsys):
-    with progress("tokenising", 3, "rows") as advance:
-        for _ in range(3):
+def test_lines_of_long_work_become_rarer(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 5))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    with progress("training", 300, "steps") as advance:
+        for _ in range(299):
             advance(1)
-    [line] = capsys.readouterr().out.splitlines()
-    assert line.startswith("tokenising: 3/3 rows, ") and line.endswith(" s left")
+    told = [5 * int(steps) for steps in re.findall(r"training: (\d+)/300", capsys.readouterr().out)]
+    assert told == [15, 45, 105, 225, 465, 765, 1065, 1365]
+
+
+def test_lines_for_a_terminal_elsewhere_replace_each_other(capsys, monkeypatch):
+    clock = iter([0.0, 0.3, 0.6, 0.9, 1.2])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    monkeypatch.setenv(console.LIVE, "1")
+    with progress("training", 4, "steps") as advance:
+        for _ in range(4):
+            advance(1)
+    assert (
+        capsys.readouterr().out
+        == "training: 2/4 steps, 3.3/s, 1 s left\rtraining: 4/4 steps, 3.3/s, 0 s left\n"
+    )
+
+
+def test_the_end_is_told_of_what_took_a_while(capsys, monkeypatch):
+    clock = iter([0.0, 0.1, 1.0, 2.0, 2.9])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with progress("tokenising", 3, "rows") as advance:
+        advance(2)
+        advance(1)
+    assert capsys.readouterr().out == "tokenising: 3/3 rows, 3.0/s, 0 s left\n"
+    with progress("tokenising", 3, "rows") as advance:
+        advance(3)
+    assert capsys.readouterr().out == "", "what took less than a second is not worth a line"
 
 
 @pytest.mark.parametrize("watched", [True, False])
@@ -254,5 +346,48 @@ def test_a_line_is_printed_as_it_is(capsys):
 def test_a_table_shows_every_cell_whole(capsys):
     name = "tiny-gemma/swapped-and-a-rather-long-name"
     show_table("scores", ("model", "log loss"), [(name, 1.25), ("ensemble", None)])
-    rows = [re.split(r"\s*│\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    rows = [re.split(r"\s*│\s*", line) for line in capsys.readouterr().out.splitlines() if "│" in line]
     assert rows == [[name, "1.25"], ["ensemble", "-"]]
+
+
+PATH, RANGE = "artifacts/demo/stage3/tiny-gemma-final", "(-0.0030 to 0.0045)"
+WIDE = {  # heading -> cell, of our widest tables
+    "scores": {
+        "model / order": "tiny-gemma/swapped",
+        "log loss": "0.7128",
+        "95 % interval": "0.6720 to 0.7570",
+    }
+    | {"accuracy": "0.711", "ECE": "0.042", "swap": "0.059"},
+    "calibration": {"model": "tiny-gemma", "without": "0.6520", "temperature": f"0.6513\n+0.0007\n{RANGE}"}
+    | {"vector": f"0.6513\n+0.0007\n{RANGE}", "kept": "temperature"},
+    "bundle": {
+        "model": "tiny-gemma",
+        "final": PATH,
+        "order": "swapped",
+        "weight": "2",
+        "template": "91a622357c79",
+    },
+    "verification": {"check": "test: probabilities within 0.001 of the stages'", "result": "passed"}
+    | {"detail": "64 rows, largest difference 1e-4 (id 600203568)"},
+    "leaks": {"sources": "lmsys1m_pairs and preference_sets"} | dict.fromkeys("abcde", "1,234,567"),
+    "recipe": {"recipe": "max_tokens_per_micro_batch", "value": "('PAB', 'PAPB')", "table": "('PAB',)"},
+}
+
+
+@pytest.mark.parametrize("width", [80, 100])
+@pytest.mark.parametrize("cells", WIDE.values(), ids=WIDE)
+def test_a_wide_table_folds_long_texts_and_no_number(terminal, cells, width):
+    console.console.width = width - 2  # less what the demo puts before its children's lines
+    show_table("title", tuple(cells), [tuple(cells.values())])
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).splitlines()[1:]
+    assert max(map(len, lines)) <= width - 2
+    columns = list(zip(*(re.split("[│┃╇]", line) for line in lines), strict=True))
+    for (heading, cell), column in zip(cells.items(), columns, strict=True):
+        assert max(map(len, column)) > 5 or len(cell) < 6
+        found = [part.strip() for part in column]
+        for text in [*heading.split(), *cell.split("\n")]:
+            assert (
+                text in " ".join(found)
+                if len(text) <= 20
+                else text.replace(" ", "") in "".join(found).replace(" ", "")
+            )

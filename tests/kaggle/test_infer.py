@@ -1,14 +1,18 @@
 """infer.py answers every row, in order, from the bundle alone."""
 
 import argparse
+import contextlib
 import csv
 import json
+import re
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from calling import call
 from conftest import ROWS, reseal, write_test_csv
+from helpers import ROOT
 
 import infer
 from bundle_manifest import MANIFEST
@@ -24,6 +28,7 @@ def run(bundle, test, output, **flags):
         "dtype": "auto",
         "order": None,
         "max_tokens_per_micro_batch": 512,
+        "max_unreadable_share": infer.MAX_UNREADABLE_SHARE,
         "details": None,
     }
     infer.main(argparse.Namespace(bundle=bundle, test=test, output=output, **(defaults | flags)))
@@ -73,7 +78,7 @@ def test_malformed_rows_get_the_prior_and_are_counted(built, tmp_path, capsys):
     ]
     with test.open("w", newline="") as file:
         csv.writer(file).writerows([("id", "prompt", "response_a", "response_b"), *bad, good, good])
-    ids, answers = run(built / "bundle", test, tmp_path / "s.csv")
+    ids, answers = run(built / "bundle", test, tmp_path / "s.csv", max_unreadable_share=1.0)
     assert ids == ["1", "2", "3", "4", "", "5", "5"]
     assert np.allclose(answers[:5], [0.4, 0.35, 0.25]) and not np.allclose(answers[5], [0.4, 0.35, 0.25])
     assert np.array_equal(answers[5], answers[6])
@@ -86,7 +91,7 @@ def test_malformed_rows_get_the_prior_and_are_counted(built, tmp_path, capsys):
         "no turns",
         "no list of texts",
     ):
-        assert f"with the prior: {reason}" in said
+        assert f"1 {reason}" in said.partition("2 rows answered by the models; with the prior: ")[2]
 
 
 def test_a_row_that_is_not_utf8_gets_the_prior_and_keeps_its_id(built, tmp_path, capsys):
@@ -94,16 +99,89 @@ def test_a_row_that_is_not_utf8_gets_the_prior_and_keeps_its_id(built, tmp_path,
     test.write_bytes(
         b'id,prompt,response_a,response_b\n1,"[""caf\xe9""]","[""a""]","[""b""]"\n\xe9,[],[],[]\n'
     )
-    ids, answers = run(built / "bundle", test, tmp_path / "s.csv")
+    ids, answers = run(built / "bundle", test, tmp_path / "s.csv", max_unreadable_share=1.0)
     assert ids == ["1", "\ufffd"]
     assert np.allclose(answers, [0.4, 0.35, 0.25])
-    assert "with the prior: not UTF-8" in capsys.readouterr().out
+    assert "0 rows answered by the models; with the prior: 2 not UTF-8" in capsys.readouterr().out
 
 
-def test_only_malformed_rows(built, tmp_path):
-    test = tmp_path / "test.csv"
-    test.write_text("id,prompt,response_a,response_b\n1,[,[],[]\n")
-    assert np.allclose(run(built / "bundle", test, tmp_path / "s.csv")[1], [[0.4, 0.35, 0.25]])
+def write_rows(path, num_good, num_bad):
+    """A test.csv whose bad rows have no JSON, or no answer."""
+    good = [("g", '["hi"]', '["a"]', '["b"]')] * num_good
+    bad = [(f"bad{i}", "[", *["[]"] * (1 + i % 2)) for i in range(num_bad)]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("id", "prompt", "response_a", "response_b"), *bad, *good])
+    return path
+
+
+@pytest.mark.parametrize(
+    ("num_good", "num_bad", "share", "is_answered"),
+    [
+        (0, 1, 0.05, False),
+        (0, 12, 0.999, False),
+        (18, 2, 0.05, False),
+        (19, 1, 0.04, False),
+        (19, 1, 0.0, False),
+        (0, 12, 1.0, True),
+        (19, 1, 0.05, True),
+        (20, 0, 0.0, True),
+    ],
+)
+def test_unreadable_rows_are_answered_up_to_a_share(built, tmp_path, num_good, num_bad, share, is_answered):
+    test = write_rows(tmp_path / "test.csv", num_good, num_bad)
+    arguments = {"bundle": built / "bundle", "test": test, "output": tmp_path / "s.csv"}
+    if is_answered:
+        _, answers = run(**arguments, max_unreadable_share=share)
+        assert len(answers) == num_good + num_bad and np.allclose(answers[:num_bad], [[0.4, 0.35, 0.25]])
+        return
+    with pytest.raises(ValueError, match=f"{num_bad} of {num_good + num_bad} rows cannot be read") as error:
+        run(**arguments, max_unreadable_share=share)
+    said = str(error.value)
+    assert f"--max-unreadable-share {share:g}" in said and "--max-unreadable-share 1 " in said
+    assert f"{(num_bad + 1) // 2} wrong number of cells" in said
+    assert ("malformed JSON" in said) == (num_bad > 1) and "first ids 'bad0'" in said
+    assert ("'bad9'" in said) == (num_bad > 9) and "bad10" not in said
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_the_notebook_answers_every_id_where_no_row_is_readable(built, tmp_path, monkeypatch):
+    """Its cells as they stand, infer.py in this process."""
+
+    def popen(command, **_):
+        monkeypatch.setattr("sys.argv", [*map(str, command[1:]), "--bundle", str(built / "bundle")])
+        infer.main(infer.parse_arguments())
+        return contextlib.nullcontext(argparse.Namespace(stdout=[], returncode=0))
+
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "inputs/bundle").symlink_to(built / "bundle")
+    write_rows(tmp_path / "inputs/test.csv", 0, 3)
+    monkeypatch.setattr("subprocess.Popen", popen)
+    monkeypatch.setenv("BUNDLE_INPUTS", str(tmp_path / "inputs"))
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for cell in read_json(ROOT / "kaggle/notebook.ipynb")["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), names)
+    assert (tmp_path / "submission.csv").read_text().count("bad") == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--nubmer", "1"], "unrecognized arguments: --nubmer 1"),
+        (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["--max-tokens-per-micro-batch", "0"], "--max-tokens-per-micro-batch 0: expected at least 1"),
+        (["--max-unreadable-share", "nan"], "--max-unreadable-share nan: expected 0 to 1"),
+        (["--max-unreadable-share", "5"], "--max-unreadable-share 5.0: expected 0 to 1"),
+        ([], "has no manifest.json"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_1_as_anywhere(words, said, tmp_path):
+    called = call(
+        "../kaggle/infer", "--test", tmp_path / "nowhere.csv", "--bundle", tmp_path, words, check=False
+    )
+    assert called.status == 1 and called.stdout == ""
+    assert re.fullmatch(rf"error: .*{re.escape(said)}.*\n", called.stderr)
 
 
 @pytest.mark.parametrize("both", [False, True])

@@ -136,6 +136,11 @@ def put_calibration(artifacts: Path, name: str, kept: str | None) -> None:
     put(artifacts / "evaluate" / name / "calibration.json", one | {"per_model": {"gemma": one}})
 
 
+def put_bundle(artifacts: Path, scaling=None, **models: tuple[str, float]) -> None:
+    served = [{"name": name, "order": order, "weight": weight} for name, (order, weight) in models.items()]
+    put(artifacts / "bundle/manifest.json", {"models": served, "scaling": scaling, "made_by": "x"})
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A tree with everything in it, and its report."""
@@ -157,8 +162,7 @@ def whole(tmp_path_factory):
         put_evaluation(artifacts, stage)
     put_calibration(artifacts, "stage3", "temperature")
     put(artifacts / "summary.json", {"stages": [{"stage": "stage3", "model": "x", "floor_log_loss": 0.5432}]})
-    models = [{"name": "gemma-final", "order": "given", "weight": 2, "new": [1]}]
-    put(artifacts / "bundle/manifest.json", {"models": models, "made_by": "x"})
+    put_bundle(artifacts, gemma=("both", 2), llama=("both", 2))
     checks = [{"name": "hashes", "passed": True, "detail": "12 files"}, {"name": "size", "passed": False}]
     put(artifacts / "bundle/verify.json", {"passed": False, "checks": checks})
     called = call("report", "--artifacts", artifacts)
@@ -170,9 +174,8 @@ def test_every_section_stands_in_the_page_and_in_the_terminal(whole):
     assert page.open_tags == []
     assert page.tags.count("h2") == len(SECTIONS)
     lines = called.stdout.splitlines()
-    assert [line.partition(":")[0] for line in lines] == [*SECTIONS, "report"]
-    assert lines[0] == "Scores: pictures 1, tables 3", "what stands in the page is counted, folded or not"
-    assert lines[-1].endswith(str(artifacts / "report/report.html"))
+    counts = f"{page.tags.count('img')} pictures, {page.tags.count('table')} tables"
+    assert lines == [f"report: {counts} in {artifacts / 'report/report.html'}"], "nothing is missing"
     for title in SECTIONS:
         assert f"<h2>{title}</h2>" in page.source
     assert 'class="missing"' not in page.source
@@ -239,10 +242,85 @@ def test_the_decision_on_calibration_stands_with_both_numbers(whole, tmp_path):
 
 def test_the_last_stage_comes_first(whole):
     _, _, page = whole
-    assert page.text.startswith(
-        "Arena preference: run Arena preference: run Best of evaluation stage3: ensemble"
-    )
+    assert headline(page).startswith("The ensemble that the bundle serves (gemma both x 2, llama both x 2), ")
+    assert "evaluation stage3 of its validation runs: a log loss of 0.9321" in headline(page)
     assert page.source.index("evaluation stage3") < page.source.index("<summary>stage1</summary>")
+
+
+def headline(page: Page) -> str:
+    return page.text.partition("Arena preference: ")[2].partition("Arena preference: ")[2].split(" ", 1)[1]
+
+
+def put_served(artifacts: Path, name="mine", orders=("given", "swapped"), weights=(2.0, 1.0), hashes=()):
+    """An evaluation of an ensemble of these orders and weights."""
+    put_evaluation(artifacts, name)
+    run = json.loads((artifacts / "evaluate" / name / "run.json").read_text())
+    run["recipe"] |= {"ensemble_orders": list(orders), "weights": list(weights)}
+    put(artifacts / "evaluate" / name / "run.json", run | {"inputs": {"checkpoints": list(hashes)}})
+
+
+SERVED = "The ensemble that the bundle serves (gemma given x 4, llama swapped x 2), evaluation mine"
+OTHER = "Best of evaluation mine: ensemble"
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "expected"),
+    [
+        ({}, SERVED),
+        ({"weights": (1.0, 1.0)}, OTHER),
+        ({"orders": ("both", "both")}, OTHER),
+        ({"hashes": ["teacher"]}, OTHER),
+        ({"hashes": ["student"]}, OTHER),
+        ({"hashes": ["validation run"]}, SERVED),
+    ],
+)
+def test_the_headline_is_what_the_bundle_serves(tmp_path, evaluation, expected):
+    put_training(tmp_path, "stage3", "gemma-final")
+    origin = json.loads((tmp_path / "stage3/gemma-final/preference.json").read_text())
+    origin["lineage"]["checkpoint"] = "student"
+    put(tmp_path / "stage3/gemma-final/preference.json", origin)
+    labelled = {"recipe": {}, "inputs": {"teacher": "teacher"}, "status": "complete", "metrics": {}}
+    put(tmp_path / "pseudo/gemma/run.json", labelled)
+    put_served(tmp_path, **evaluation)
+    put_evaluation(tmp_path, "stage3")  # of a later stage in its name, but not what is served
+    if expected == OTHER:
+        shutil.rmtree(tmp_path / "evaluate/stage3")
+    put_bundle(tmp_path, gemma=("given", 4), llama=("swapped", 2))
+    call("report", "--artifacts", tmp_path)
+    page = Page(tmp_path / "report/report.html")
+    assert (
+        headline(page).startswith(expected)
+        and "0.9321 (95 % 0.9021 to 0.9621) on 250 comparisons" in page.text
+    )
+    asked = "--ensemble-orders given swapped --weights 4 2 --name served"
+    assert (
+        f"No evaluation scores what the bundle serves; score its models' validation runs with: just evaluate "
+        f"{asked}." in page.text
+    ) == (expected == OTHER)
+
+
+def test_a_served_scaling_stands_in_the_headline(tmp_path):
+    put_served(tmp_path)
+    put_calibration(tmp_path, "mine", "temperature")
+    put_bundle(tmp_path, {"scale": [0.9] * 3, "bias": [0.0] * 3}, gemma=("given", 2), llama=("swapped", 1))
+    call("report", "--artifacts", tmp_path)
+    said = headline(Page(tmp_path / "report/report.html"))
+    assert "The bundle also scales it (temperature), judged across folds: 0.9211." in said
+
+
+@pytest.mark.parametrize("kind", ["stage", "bundle", "labels"])
+def test_nothing_scored_is_said_of_nothing_scored_alone(tmp_path, kind):
+    if kind == "stage":
+        put_training(tmp_path, "stage1", "gemma")
+        put_training(tmp_path, "stage3", "gemma-final")
+    elif kind == "bundle":
+        put_bundle(tmp_path, gemma=("given", 2))
+    else:
+        put(tmp_path / "pseudo/x/run.json", {"recipe": {}, "inputs": {}, "status": "started"})
+    call("report", "--artifacts", tmp_path)
+    said = headline(Page(tmp_path / "report/report.html"))
+    held_out = "No evaluation yet. Log loss of each stage's held-out fold, one order: stage1/gemma 0.9123."
+    assert said.startswith(held_out if kind == "stage" else "Nothing has been scored yet.")
 
 
 def test_an_evaluation_alone_is_enough_and_what_is_missing_is_named(tmp_path):
