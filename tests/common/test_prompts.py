@@ -4,9 +4,10 @@ import pytest
 from helpers import make_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from common import prompts
-from common.prompts import CUT, NULL_TURN, OMITTED, Prompter, clean_text, cut_lengths
+from common.prompts import CUT, FORMATS, NULL_TURN, OMITTED, Prompter, clean_text, cut_lengths
 
 ONE_TURN = (["the fox runs"], ["a good answer"], ["a bad answer or two"])
 
@@ -76,6 +77,20 @@ def test_a_template_that_repeats_bos_still_gives_one():
 
 
 @pytest.mark.parametrize("family", ["gemma", "llama"])
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+def test_a_bos_is_there_if_the_template_writes_it_or_the_tokenizer_adds_it(family, written, added):
+    tokenizer = make_tokenizer(family)
+    bos, i = tokenizer.bos_token, tokenizer.bos_token_id
+    process = TemplateProcessing(single=f"{bos} $A" if added else "$A", special_tokens=[(bos, i)])
+    tokenizer.backend_tokenizer.post_processor = process
+    if not written:
+        tokenizer.chat_template = tokenizer.chat_template.replace("bos_token", "''")
+    ids = render(Prompter(tokenizer, conversation_tokens=500), ONE_TURN).input_ids
+    assert ids.count(i) == (ids[0] == i) == (written or added)
+
+
+@pytest.mark.parametrize("family", ["gemma", "llama"])
 def test_markup_in_text_and_instruction_stays_text(family):
     tokenizer = make_tokenizer(family)
     control = tokenizer.all_special_tokens
@@ -116,6 +131,50 @@ def test_last_turn_is_kept_longest_and_dropped_turns_are_marked(gemma_tokenizer)
     assert "first" not in text or CUT in text
     tight = Prompter(gemma_tokenizer, conversation_tokens=120)
     assert OMITTED.strip() in decode(tight, render(tight, turns).input_ids)
+
+
+def body_length(prompter, comparison, format):
+    around = len(prompter.prefix_ids) + len(prompter.suffix_ids)
+    return len(render(prompter, comparison, format=format).input_ids) - around
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_turns_that_fit_are_left_whole_and_in_order(gemma_tokenizer, format):
+    turns = [[f"{text}{i} " * 9 for i in range(4)] for text in ("p", "a", "b")]
+    needed = body_length(Prompter(gemma_tokenizer, conversation_tokens=5000), turns, format)
+    for budget, is_cut in ((needed - 2, True), (needed, False), (needed + 2, False)):
+        rendered = render(Prompter(gemma_tokenizer, conversation_tokens=budget), turns, format=format)
+        assert rendered.truncated == is_cut, budget
+    half = Prompter(gemma_tokenizer, conversation_tokens=needed * 2 // 3)
+    rendered = render(half, turns, format=format)
+    text = decode(half, rendered.input_ids)
+    assert rendered.truncated and OMITTED.strip() in text and "p0" not in text
+    for letter in "ab":
+        assert text.index(f"{letter}2 ") < text.index(f"{letter}3 ")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("longer", ["a", "b"])
+def test_one_long_answer_is_enough_to_be_truncated(gemma_tokenizer, format, longer):
+    prompter = Prompter(gemma_tokenizer, conversation_tokens=300)
+    answers = [["x " * 400] if side == longer else ["short"] for side in "ab"]
+    assert render(prompter, (["q"], *answers), format=format).truncated
+
+
+def test_the_least_budget_shows_both_answers_and_one_token_less_does_not(gemma_tokenizer):
+    with pytest.raises(ValueError, match="need") as caught:
+        Prompter(gemma_tokenizer, conversation_tokens=20)
+    least = int(str(caught.value).split("need ")[1].split()[0])
+    prompter = Prompter(gemma_tokenizer, conversation_tokens=least)
+    turns = (["early", "p " * 99], ["early", "a " * 99], ["early", "b " * 99])
+
+    def shown():
+        texts = [decode(prompter, render(prompter, turns, format=format).input_ids) for format in FORMATS]
+        return all("[Answer A]\na" in text and "[Answer B]\nb" in text for text in texts)
+
+    assert shown()
+    prompter.conversation_tokens -= 1
+    assert not shown()
 
 
 def test_a_long_answer_loses_its_middle(gemma_tokenizer):

@@ -14,7 +14,7 @@ from common import tokens
 from common.batching import FILLER_ROW, VarlenCollator
 from common.data.table import ORDERS, labels_array
 from common.prompts import FORMATS, Prompter
-from common.tokens import orders_of, tokenise, variant_code
+from common.tokens import count_tokens, orders_of, tokenise, variant_code
 
 BOTH = {"formats": ("PAB",), "orders": ORDERS}
 
@@ -150,6 +150,17 @@ def test_rows_are_a_slice_of_their_own(prompter, frame, tmp_path):
     assert len(sequences.rows(28, 99)) == 8, "the last slice ends with the data"
     again = part.rows(2, 4)
     assert list(again[0].input_ids) == list(sequences[36].input_ids)
+
+
+def test_tokens_are_counted_whole_and_as_cut(prompter, gemma_tokenizer, frame):
+    wide = Prompter(gemma_tokenizer, conversation_tokens=100_000)
+    rows = frame.select("prompt", "response_a", "response_b").rows()
+    expected = [
+        [len(one.render(tokens).input_ids) for tokens in one.tokenise(rows)] for one in (wide, prompter)
+    ]
+    before, after = count_tokens(frame, prompter)
+    assert [before.tolist(), after.tolist()] == expected
+    assert (before >= after).all() and (before > after).any()
 
 
 # Damage

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from common.batching import pack
 from common.models import load_model
+from common.models.head import head_hash, initial_head
 from common.models.preference import Surgery
 
 HEAD = ("head.dense.weight", "head.dense.bias", "head.out.weight", "head.out.bias")
@@ -104,6 +105,15 @@ def test_the_head_does_not_depend_on_dtype_and_has_its_hash(published):
     assert torch.equal(exact.head.dense.weight.bfloat16(), rough.head.dense.weight)
     assert load_model(folder, head_seed=4).surgery.head_hash != exact.surgery.head_hash
     assert load_model(folder, num_classes=7)(pack([[1, 2]], num_classes=7)).shape == (1, 7)
+
+
+def test_what_nobody_asks_for(published):
+    """Defaults that the weights, or what is trained from them, depend on."""
+    model = load_model(published("llama")[0])
+    drawn = initial_head(hidden_size=24, num_classes=3, seed=3)
+    assert model.surgery.head_hash == head_hash(drawn) and model.head.dropout.p == 0.1
+    assert not any(module.training for module in model.modules())
+    assert not any(layer.activation_checkpointing for layer in model.model.layers)
 
 
 def drop_norm(tensors):

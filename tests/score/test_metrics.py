@@ -63,6 +63,8 @@ def test_float32_rows_are_summed_in_float64():
         ([[0.5, 0.5]], ONE_HOT[:1], r"\(1, 2\) and \(1, 3\)"),
         (np.empty((0, 3)), np.empty((0, 3)), "not empty"),
         ([0.2, 0.2, 0.6], [1, 0, 0], r"\(3,\)"),
+        (np.full((1, 2, 2), 0.5), np.full((1, 2, 2), 0.5), r"\(1, 2, 2\)"),
+        ([[1.0]], [[1.0]], r"\(1, 1\)"),
     ],
 )
 def test_what_is_no_probability_is_refused(probabilities, labels, message):
@@ -129,6 +131,13 @@ def test_bins_have_equal_mass():
     probabilities = np.stack([claims, 1 - claims, 0 * claims], 1)
     error = calibration_error(probabilities, ONE_HOT[np.where(hits, 0, 1)])["top"]
     assert error > 0.25
+
+
+def test_there_are_fifteen_bins():
+    """Thirty claims of about a half, right every second time: two rows a bin are right on average."""
+    claims = 0.5 + np.arange(30) / 1e4
+    error = calibration_error(np.stack([claims, 1 - claims], 1), np.eye(2)[np.arange(30) % 2])
+    assert error["per_class"] == pytest.approx([claims.mean() - 0.5] * 2)
 
 
 def test_mirror_exchanges_a_and_b_only():
