@@ -8,6 +8,7 @@ import polars as pl
 
 from common.console import say
 from common.data.table import content_hashes, is_labelled, read_comparisons, scan, write_table
+from common.files import confined
 
 Seen = Literal["refuse", "drop"]
 
@@ -97,7 +98,8 @@ def read_trained_on(checkpoint: Path) -> pl.Series:
     """Content hashes of every comparison that a checkpoint or an ancestor was trained on.
 
     Raises:
-        ValueError: There is no such checkpoint, or its trained_on.parquet is absent or cannot be read.
+        ValueError: There is no such checkpoint, or its trained_on.parquet is absent, a link that
+            leaves it, or cannot be read.
     """
     path = checkpoint / "trained_on.parquet"
     if not checkpoint.is_dir():
@@ -107,6 +109,7 @@ def read_trained_on(checkpoint: Path) -> pl.Series:
             f"{checkpoint} has no trained_on.parquet, so what it was trained on is not known: it is not a "
             "finished checkpoint of ours. Finish its stage, or name another folder"
         )
+    confined(checkpoint, path.name)
     try:
         return scan(path).select("content_hash").collect().to_series()
     except (OSError, pl.exceptions.PolarsError) as error:

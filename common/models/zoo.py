@@ -17,6 +17,13 @@ ZOO = {
     "tiny-llama": "artifacts/demo/models/tiny-llama",
 }
 """Short name -> hub id (OWNER/NAME) or folder."""
+SIZES = {
+    "gemma9b": "9.2 billion parameters",
+    "gemma27b": "27.2 billion parameters",
+    "armorm8b": "a reward model of 7.5 billion parameters",
+    **dict.fromkeys(("tiny-gemma", "tiny-llama"), "150,000 parameters, for a CPU"),
+}
+"""For people."""
 
 SMALL_FILES = (
     *("config*.json", "preference.json", "trained_on.parquet", "adapter_config.json", INDEX),

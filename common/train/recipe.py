@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 import tyro
 
-from common.models.zoo import ZOO
+from common.models.zoo import SIZES, ZOO
 from common.prompts import Format
 from common.tokens import Swap
 from common.train.optim import Accumulation, OptimizerName
@@ -131,16 +131,6 @@ class Training:
                 f"--state-interval-steps is {self.state_interval_steps}, --keep-states {self.keep_states}; "
                 "both need at least 1"
             )
-
-
-SIZES = {
-    "gemma9b": "9.2 billion parameters",
-    "gemma27b": "27.2 billion parameters",
-    "armorm8b": "a reward model of 7.5 billion parameters",
-    "tiny-gemma": "150,000 parameters, for a CPU",
-    "tiny-llama": "150,000 parameters, for a CPU",
-}
-"""What `--help` says of each model."""
 
 
 def by_model(args_type: type, table: dict[str, Recipe]) -> object:

@@ -2,10 +2,11 @@
 
 from itertools import combinations
 
+import polars as pl
 import pytest
 from helpers import make_comparisons
 
-from common.data.held_out import default_tables
+from common.data.held_out import default_tables, read_trained_on
 from common.data.table import write_comparisons
 
 NAMES = ("arena55k", "arena33k", "other")
@@ -31,3 +32,12 @@ def test_a_default_table_that_leads_nowhere_is_not_passed_over(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/arena55k.parquet").symlink_to(tmp_path / "nowhere")
     assert default_tables(tmp_path, "arena55k", "other") == (tmp_path / "data/arena55k.parquet",)
+
+
+def test_what_a_checkpoint_was_trained_on_is_not_read_from_elsewhere(tmp_path):
+    checkpoint, elsewhere = tmp_path / "checkpoint", tmp_path / "elsewhere.parquet"
+    checkpoint.mkdir()
+    pl.DataFrame({"content_hash": ["a"]}).write_parquet(elsewhere)
+    (checkpoint / "trained_on.parquet").symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=r"leads to .*elsewhere\.parquet, outside of"):
+        read_trained_on(checkpoint)
