@@ -36,7 +36,7 @@ from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
 ROOT = Path(__file__).resolve().parents[1]
-LOADING = "models/test_parity.py models/test_checkpoint.py models/test_save.py"
+LOADING = "models/test_parity.py models/test_checkpoint.py models/test_save.py models/test_foreign.py"
 NEAREST = {
     "ops/__init__.py": "ops/test_choose.py",
     "ops/attention.py": "ops/test_attention.py",
@@ -51,7 +51,9 @@ NEAREST = {
     "models/checkpoint.py": LOADING,
     "train/optim.py": "train/test_optim.py stages/test_fsdp.py",
     "batching.py": "common/test_batching.py score/test_predict.py",
-    "prompts.py": "common/test_prompts.py",
+    "tokenizer/__init__.py": "common/test_tokenizer.py common/test_prompts.py",
+    "tokenizer/chat_template.py": "common/test_tokenizer.py",
+    "prompts.py": "common/test_prompts.py common/test_trained.py",
     "tokens.py": "common/test_tokens.py",
     "score/metrics.py": "score/test_metrics.py",
     "score/calibration.py": "score/test_calibration.py",

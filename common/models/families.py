@@ -12,7 +12,8 @@ import torch
 from transformers import Gemma2Config, LlamaConfig, PreTrainedConfig
 
 from common.files import Rule, check_fields, list_of, number, or_null, read_json
-from common.models.weights import AGAIN, UNQUANTISED, instead
+from common.models.weights import UNQUANTISED, instead
+from common.models.zoo import AGAIN
 
 
 @dataclass(frozen=True, kw_only=True)

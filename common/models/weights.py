@@ -9,10 +9,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common.files import confined, read_json, replacing, write_json
+from common.files import confined, replacing, write_json
+from common.models.zoo import AGAIN, INDEX, SINGLE, weight_files, weight_map
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 DROPPED = (  # published tensors that a preference model has no use for
     "lm_head.*",  # language model
@@ -23,7 +22,6 @@ DROPPED = (  # published tensors that a preference model has no use for
     "*.rotary_emb.inv_freq",  # a constant that old checkpoints store
 )
 
-AGAIN = "fetch or copy its files again from where they came, or take another checkpoint"
 TOGETHER = "take config.json and weights from one place"
 RESAVE = (
     "in Python, transformers.AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW) writes a folder "
@@ -69,7 +67,7 @@ def read_weights(
         ValueError: A file is absent, truncated or no safetensors; a tensor is missing, unexpected, misshapen,
             not a floating one, stored twice, or not finite in `dtype`.
     """
-    index = _weight_map(folder)
+    index = weight_map(folder)
     if not index and not (folder / SINGLE).is_file():
         raise ValueError(f"{folder / SINGLE} cannot be read: it is missing; {instead(folder)}")
     tensors, dropped, head = {}, [], {}
@@ -109,29 +107,10 @@ def _stored_tensors(path: Path, dropped: list[str]) -> Iterator[tuple[str, torch
         ) from error
 
 
-def weight_files(folder: Path) -> list[str]:
-    """Names of the weight files that are read of a checkpoint folder, whether they are there or not."""
-    return sorted(set(_weight_map(folder).values())) or [SINGLE]
-
-
 def instead(folder: Path) -> str:
     """The way out for a folder without config.json or without weights, by what else it holds."""
     found = (way_out for pattern, way_out in OTHER_FORMATS.items() if any(folder.glob(pattern)))
     return next(found, f"{AGAIN}; where only pytorch_model.bin is published, {RESAVE}")
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, empty when everything lies in the single file."""
-    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
-        return {}
-    weight_map = read_json(confined(folder, INDEX)).get("weight_map")
-    is_map = isinstance(weight_map, dict) and all(isinstance(file, str) for file in weight_map.values())
-    if not is_map or not weight_map:
-        raise ValueError(
-            f"{folder / INDEX} has no weight_map of tensor names to file names, but {weight_map!r:.80}; "
-            f"{AGAIN}"
-        )
-    return weight_map
 
 
 def _check_stored(path: Path, name: str, stored: torch.Tensor, expected: Mapping[str, torch.Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""The known checkpoints: short name -> where it lies; and how any other is found."""
+"""The known checkpoints: short name -> where it lies; how any other is found, and which files are read of it."""
 
 import re
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from common.files import confined
-from common.models.weights import INDEX, weight_files
+from common.files import confined, read_json
 
 ZOO = {
     "gemma9b": "google/gemma-2-9b-it",
@@ -25,6 +24,7 @@ SIZES = {
 }
 """For people."""
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SMALL_FILES = (
     *("config*.json", "preference.json", "trained_on.parquet", "adapter_config.json", INDEX),
     *("tokenizer*", "*.model", "tekken.json", "vocab*", "merges.txt", "added_tokens.json"),
@@ -32,6 +32,7 @@ SMALL_FILES = (
 )
 """What is read of a checkpoint besides its weights, by us or by transformers."""
 _WEIGHTS = ["model*.safetensors"]
+AGAIN = "fetch or copy its files again from where they came, or take another checkpoint"
 
 
 def find_checkpoint(path_or_short_name: str | Path, *, weights: bool = True) -> Path:
@@ -61,6 +62,24 @@ def checkpoint_files(folder: Path) -> list[str]:
     for name in names:
         confined(folder, name)
     return sorted(names)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the weight files that are read of a checkpoint folder, whether they are there or not."""
+    return sorted(set(weight_map(folder).values())) or [SINGLE]
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, empty when everything lies in the single file."""
+    if (folder / SINGLE).is_file() or not (folder / INDEX).is_file():
+        return {}
+    found = read_json(confined(folder, INDEX)).get("weight_map")
+    is_map = isinstance(found, dict) and all(isinstance(file, str) for file in found.values())
+    if not is_map or not found:
+        raise ValueError(
+            f"{folder / INDEX} has no weight_map of tensor names to file names, but {found!r:.80}; {AGAIN}"
+        )
+    return found
 
 
 def _find(name: str, weights: bool) -> Path:

@@ -15,6 +15,7 @@ from common import models
 from common.console import say, show_table
 from common.data.held_out import unseen
 from common.data.table import LABELS, labels_array, table_hash, write_table
+from common.files import text_hash
 from common.prompts import Prompter, read_instruction
 from common.runs import Run, check_whole, read_run
 from common.score.metrics import prior_log_loss, score
@@ -116,8 +117,7 @@ def open_run(
             "checkpoint": models.checkpoint_hash(parent.folder),
             "train": table_hash(train),
             "held_out": None if held_out is None else table_hash(held_out),
-            "prompt": parent.prompter.prompt_hash,
-            "packing": packing_hash(parent.prompter),
+            "prompt": text_hash(parent.prompter.prompt_hash, packing_hash(parent.prompter)),
         }
         return Run.open(output, recipe={"stage": stage, "model": model, **asdict(recipe)}, inputs=inputs)
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from helpers import HELD, held_elsewhere
 
-from common import files, runs
+from common import console, files, runs
 from common.files import read_json, replacing, write_json
 from common.locks import release, replacing_folder
 from common.models import checkpoint_hash
@@ -110,6 +110,7 @@ def test_a_large_file_is_read_once_a_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "LARGE", 0)
     hash_of = files.file_hash
     monkeypatch.setattr(files, "file_hash", lambda path: read.append(path.name) or hash_of(path))
+    monkeypatch.setattr(console, "SHORT_SECONDS", 0)
     find_complete(tmp_path)
     assert "2/2 files" in capsys.readouterr().out
     first = checkpoint_hash(folder)
