@@ -131,7 +131,7 @@ def tokenise(
     """
     frame = frame.sort("source", "id")
     settings = (repr(tuple(formats)), repr(orders), str(seed))
-    key = text_hash(table_hash(frame), prompter.prompt_hash, packing_hash(prompter), *settings)
+    key = text_hash(table_hash(frame), rendering_hash(prompter), *settings)
     folder = cache / key[:20]
     if (accelerator is None or accelerator.is_main_process) and not (folder / "info.json").is_file():
         for left in cache.glob(".*.tmp*"):  # of runs that were killed, and that may never start again
@@ -147,8 +147,8 @@ def tokenise(
     return _sequences(frame, *_read(folder, key, len(frame)))
 
 
-def packing_hash(prompter: Prompter) -> str:
-    """What this code makes of a fixed table with this prompt: variants, their labels, the packed batch."""
+def rendering_hash(prompter: Prompter) -> str:
+    """The prompt, and what this code makes of a fixed table with it: variants, their labels, the batch."""
     texts = [[str(i)] for i in range(8)]
     rows = [(str(i), "probe", None, None, *texts[i : i + 3], 0.5, 0.375, 0.125, None) for i in range(6)]
     frame = pl.DataFrame(rows, schema=SCHEMA, orient="row")
@@ -160,7 +160,8 @@ def packing_hash(prompter: Prompter) -> str:
     dataset = datasets.Dataset(pa.Table.from_pylist(records, schema=COLUMNS)).with_format("numpy")
     sequences = _sequences(frame, dataset, {name: np.array(dataset[name]) for name in COLUMNS.names[:-1]})
     batch = VarlenCollator()(sequences.__getitems__(range(len(sequences))))
-    return text_hash(repr([x if isinstance(x, int) else x.tolist() for x in (*batch, sequences.variant)]))
+    packed = [x if isinstance(x, int) else x.tolist() for x in (*batch, sequences.variant)]
+    return text_hash(prompter.prompt_hash, repr(packed))
 
 
 def _sequences(frame: pl.DataFrame, dataset: datasets.Dataset, columns: dict[str, np.ndarray]) -> Sequences:

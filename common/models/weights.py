@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from common.files import confined, replacing, write_json
 from common.models.zoo import AGAIN, INDEX, SINGLE, weight_files, weight_map
 
-
 DROPPED = (  # published tensors that a preference model has no use for
     "lm_head.*",  # language model
     "score.*",  # stock classification head

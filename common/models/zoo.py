@@ -1,4 +1,4 @@
-"""The known checkpoints: short name -> where it lies; how any other is found, and which files are read of it."""
+"""The known checkpoints: short name -> where it lies; any other too, and which of its files are read."""
 
 import re
 from pathlib import Path

@@ -15,12 +15,11 @@ from common import models
 from common.console import say, show_table
 from common.data.held_out import unseen
 from common.data.table import LABELS, labels_array, table_hash, write_table
-from common.files import text_hash
 from common.prompts import Prompter, read_instruction
 from common.runs import Run, check_whole, read_run
 from common.score.metrics import prior_log_loss, score
 from common.score.predict import predict_orders
-from common.tokens import Sequences, orders_of, packing_hash, tokenise
+from common.tokens import Sequences, orders_of, rendering_hash, tokenise
 from common.train.fit import num_never_taken, plan_steps
 from common.train.launch import is_fsdp, leave, on_first, place, start
 from common.train.recipe import Execution, Recipe, Training
@@ -117,7 +116,7 @@ def open_run(
             "checkpoint": models.checkpoint_hash(parent.folder),
             "train": table_hash(train),
             "held_out": None if held_out is None else table_hash(held_out),
-            "prompt": text_hash(parent.prompter.prompt_hash, packing_hash(parent.prompter)),
+            "prompt": rendering_hash(parent.prompter),
         }
         return Run.open(output, recipe={"stage": stage, "model": model, **asdict(recipe)}, inputs=inputs)
 
