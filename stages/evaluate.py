@@ -38,7 +38,7 @@ from common.train.recipe import Execution, by_flags
 from common.trained import open_model, open_prompter
 
 NUM_SLICES = 4
-"""Shown of each kind; scores.json and the report have all."""
+"""A kind that has more is not shown; scores.json and the report have all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,10 +302,9 @@ def show_scores(title: str, scores: dict[str, dict]) -> None:
         gain = f"gain {fitted['gain']:.4f} ({ensemble.interval(fitted['gain_interval'])})"
         say(f"{FITTED}: {gain} over the given weights, across folds; weights fitted on all: {weights}")
     for by, slices in best["slices"].items():
-        shown = [f"{name} {s['log_loss']:.4f} ({s['num_comparisons']:,})" for name, s in slices.items()]
-        more = f", ... ({len(shown)} in scores.json)" if len(shown) > NUM_SLICES else ""
-        if len(shown) > 1:
-            say(f"{ENSEMBLE} by {by}: {', '.join(shown[:NUM_SLICES])}{more}")
+        if 1 < len(slices) <= NUM_SLICES:
+            shown = (f"{name} {s['log_loss']:.4f} ({s['num_comparisons']:,})" for name, s in slices.items())
+            say(f"{ENSEMBLE} by {by}: {', '.join(shown)}")
 
 
 def score_row(group: str, found: dict) -> tuple[str | None, ...]:

@@ -76,7 +76,9 @@ def start(
             "this script computes with a full replica on every process; launch it with "
             "accelerate_configs/ddp.yaml (or single_gpu.yaml, cpu.yaml) instead of an FSDP configuration"
         )
-    say(f"the CPU computes with {use_threads()} a process")
+    is_told, threads = "OMP_NUM_THREADS" in os.environ, use_threads()
+    if not is_told:
+        say(f"the CPU computes with {threads} a process; OMP_NUM_THREADS sets another number")
     return accelerator
 
 

@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import polars as pl
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoTokenizer
 
 from common.data.table import LABELS, write_comparisons
 from common.files import file_hash, read_json
+from common.models import threads
 from common.runs import Run
 from common.train.fit import fit, plan_steps
 from common.train.recipe import Recipe
@@ -498,9 +500,13 @@ def test_answers_that_are_not_finite_name_the_rows(world, teacher, tmp_path):
         ("evaluate",),
     ],
 )
-def test_every_stage_says_once_how_many_threads_it_has(tmp_path, words):
-    found = call(*words, "--artifacts", tmp_path, check=False)
-    assert found.status == 1 and found.stdout.count("the CPU computes with 1 thread a process\n") == 1
+def test_every_stage_says_once_how_many_threads_it_takes(tmp_path, monkeypatch, words):
+    monkeypatch.setattr(threads, "num_cores", lambda: 3)
+    for told, times in (({}, 1), ({"OMP_NUM_THREADS": "1"}, 0)):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        with mock.patch.dict(os.environ, told):
+            found = call(*words, "--artifacts", tmp_path, check=False)
+        assert found.status == 1 and found.stdout.count("the CPU computes with 1 thread a process") == times
 
 
 def run(words, environment=None, launcher=()):
