@@ -35,12 +35,12 @@ class Layout(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """RMS normalisation with its learned scale, which starts at exactly one."""
+    """RMS normalisation with its learned scale, which loading fills."""
 
     def __init__(self, decoder: Decoder, *, ops: Ops) -> None:
         super().__init__()
         self.eps, self.unit_offset, self.ops = decoder.eps, decoder.unit_offset, ops
-        self.weight = nn.Parameter(torch.full((decoder.hidden_size,), 0.0 if self.unit_offset else 1.0))
+        self.weight = nn.Parameter(torch.empty(decoder.hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""

@@ -1,5 +1,7 @@
 """One place where text becomes tokens: layout, control tokens, truncation, hashes."""
 
+from types import SimpleNamespace
+
 import pytest
 from helpers import make_tokenizer
 from hypothesis import given, settings
@@ -74,6 +76,17 @@ def test_a_template_that_repeats_bos_still_gives_one():
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     ids = render(Prompter(tokenizer, conversation_tokens=500), ONE_TURN).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("ids", [[], [1], [1, 7], [7, 1], [3, 3, 7], [3, 7, 3]])
+def test_only_a_repeated_bos_is_taken_away(ids):
+    class Tokenizer:
+        bos_token_id = 3
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[9])  # adds none
+
+    assert prompts._bos(Tokenizer(), ids) == (ids[1:] if ids[:2] == [3, 3] else ids)
 
 
 @pytest.mark.parametrize("family", ["gemma", "llama"])

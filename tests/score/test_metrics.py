@@ -60,6 +60,7 @@ def test_float32_rows_are_summed_in_float64():
         ([[0.2, 0.2, 0.6]], [[np.nan] * 3], "row 0"),
         ([[0.2, 0.2, 0.6]], [[1, 1, 0]], "sum 2.0000"),
         ([[0.2, 0.2, 0.6]], ONE_HOT[:2], r"\(1, 3\) and \(2, 3\)"),
+        ([[0.2, 0.2, 0.6]] * 2, ONE_HOT[:1], r"\(2, 3\) and \(1, 3\)"),
         ([[0.5, 0.5]], ONE_HOT[:1], r"\(1, 2\) and \(1, 3\)"),
         (np.empty((0, 3)), np.empty((0, 3)), "not empty"),
         ([0.2, 0.2, 0.6], [1, 0, 0], r"\(3,\)"),
@@ -234,6 +235,7 @@ def test_rescale_clips_and_sums_to_one():
     ("scale", "bias", "message"),
     [
         ([1, 1], [0, 0, 0], "scale is .* expected 3 finite numbers"),
+        ([1, 1, 1], [0, 0, 0, 0], "bias is .* expected 3 finite numbers"),
         ([1, 1, 1], [0, np.nan, 0], "bias is .*nan.* expected 3 finite numbers"),
         ([1, 1, 1], 0.0, "bias is 0.0"),
     ],
