@@ -66,6 +66,8 @@ def test_stochastic_rounding_is_right_in_expectation_and_keeps_what_fits():
     assert abs(found.mean().item() - values[0].item()) < 1e-4
     exact = torch.tensor([0.0, -1.5, 3.0e38, 2.0**-130])
     assert torch.equal(round_stochastically(exact[:2], torch.bfloat16).float(), exact[:2])
+    many = torch.full((2**20,), -1.5)  # no draw of 65,536 may change what fits
+    assert torch.equal(round_stochastically(many, torch.bfloat16).float(), many)
     assert round_stochastically(-values[:1000], torch.bfloat16).float().max() <= -1.0
 
 
