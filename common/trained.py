@@ -6,6 +6,7 @@ import torch
 
 from common.models import PreferenceModel, find_checkpoint, load_model
 from common.models.families import read_config
+from common.ops import Compile
 from common.prompts import Prompter
 from common.tokenizer import DATE, load_tokenizer
 
@@ -69,9 +70,14 @@ def open_prompter(checkpoint: str, preference: dict | None) -> Prompter:
 
 
 def open_model(
-    checkpoint: str, *, dtype: torch.dtype | None, device: torch.device | str, ops: str
+    checkpoint: str,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    ops: str,
+    compile: Compile = "off",
 ) -> PreferenceModel:
     """A trained checkpoint in evaluation mode; `dtype` None computes in fp32 on a CPU and bf16 elsewhere."""
     if dtype is None:
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    return load_model(checkpoint, dtype=dtype, device=device, ops=ops)
+    return load_model(checkpoint, dtype=dtype, device=device, ops=ops, compile=compile)

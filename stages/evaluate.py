@@ -198,7 +198,13 @@ def predict_checkpoint(
     path: Path, frame: pl.DataFrame, args: Args, accelerator: Accelerator
 ) -> dict[str, np.ndarray]:
     """One checkpoint's probabilities by order, rows in the order of (source, id)."""
-    model = open_model(str(path), dtype=None, device=accelerator.device, ops=args.execution.ops)
+    model = open_model(
+        str(path),
+        dtype=None,
+        device=accelerator.device,
+        ops=args.execution.ops,
+        compile=args.execution.compile,
+    )
     sequences = tokenise(
         frame,
         open_prompter(str(path), model.preference),

@@ -92,7 +92,13 @@ def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerat
     if run.is_complete:
         say(f"{output} is up to date")
         return
-    model = open_model(str(teacher), dtype=None, device=accelerator.device, ops=args.execution.ops)
+    model = open_model(
+        str(teacher),
+        dtype=None,
+        device=accelerator.device,
+        ops=args.execution.ops,
+        compile=args.execution.compile,
+    )
     prompter = open_prompter(str(teacher), model.preference)
     if accelerator.is_main_process:
         run.begin()

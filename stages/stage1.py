@@ -79,7 +79,7 @@ def main(args: Args) -> None:
     steps.describe(title, recipe, RECIPES[args.model], sequences, accelerator.num_processes)
     trained_on = all_trained_on(train, parent.folder)
 
-    model = steps.load_and_place(parent, recipe, ops=args.execution.ops, accelerator=accelerator)
+    model = steps.load_and_place(parent, recipe, args.execution, accelerator)
     steps.begin(run, sequences, recipe, accelerator)
     fit(model, sequences, recipe=recipe, training=args.training, run=run, accelerator=accelerator)
     metrics = steps.score_held_out(

@@ -33,7 +33,7 @@ from common.models.head import head_hash, initial_head
 from common.models.preference import PreferenceModel, Surgery
 from common.models.weights import read_weights, write_weights
 from common.models.zoo import checkpoint_files, find_checkpoint
-from common.ops import choose
+from common.ops import Compile, choose
 
 POLICY = ("sliding_window", "softcap", "embedding_scale")
 """Fields of `Decoder` that preference.json keeps: how the backbone was run when the head was trained."""
@@ -45,6 +45,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     ops: str = "auto",
+    compile: Compile = "off",
     sliding_window: int | Literal["checkpoint"] | None = "checkpoint",
     softcap: float | Literal["checkpoint"] | None = "checkpoint",
     num_classes: int = 3,
@@ -59,7 +60,8 @@ def load_model(
         path_or_short_name: Folder, short name of the zoo, or hub id OWNER/NAME.
         dtype: Of all parameters, whatever the files hold.
         device: Of all parameters.
-        ops: Backend of the ops: "auto" or a name.
+        ops: Backends of the ops, as `common.ops.choose` takes them.
+        compile: "auto", "on" or "off", as there.
         sliding_window: Visible keys in the layers that have a window, None for all; "checkpoint": as
             preference.json says, or else config.json.
         softcap: Cap of the attention scores, None for off; "checkpoint" as above.
@@ -85,6 +87,7 @@ def load_model(
     decoder = replace(decoder, **_policy(decoder, preference, asked, config.model_type))
     chosen = choose(
         ops,
+        compile=compile,
         device=device,
         dtype=dtype,
         head_dim=decoder.head_dim,

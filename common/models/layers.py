@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from common.models.families import Decoder
 from common.ops import Ops
 from common.ops.rotary import rotary_tables
+from common.ops.weight_gradient import Embedding, Linear
 
 
 class Layout(NamedTuple):
@@ -56,28 +57,33 @@ class Attention(nn.Module):
         self.window, self.last_token_only, self.ops = window, last_token_only, ops
         width = decoder.num_heads * decoder.head_dim
         key_value_width = decoder.num_key_value_heads * decoder.head_dim
-        self.q_proj = nn.Linear(decoder.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(decoder.hidden_size, key_value_width, bias=False)
-        self.v_proj = nn.Linear(decoder.hidden_size, key_value_width, bias=False)
-        self.o_proj = nn.Linear(width, decoder.hidden_size, bias=False)
+        self.q_proj = Linear(decoder.hidden_size, width)
+        self.k_proj = Linear(decoder.hidden_size, key_value_width)
+        self.v_proj = Linear(decoder.hidden_size, key_value_width)
+        self.o_proj = Linear(width, decoder.hidden_size)
 
-    def forward(self, hidden_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """hidden_TD -> out_UD: every token asks, or with `last_token_only` each sequence's last one alone."""
-        asking_UD, cos_UR, sin_UR = hidden_TD, layout.cos_TR, layout.sin_TR
+    def project(
+        self, hidden_TD: torch.Tensor, cos_TR: torch.Tensor, sin_TR: torch.Tensor, last_S: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """hidden_TD -> q_UNH, k_TKH, v_TKH, rotated; with `last_token_only` the rows `last_S` alone ask."""
+        heads, asking = (-1, self.head_dim), (hidden_TD, cos_TR, sin_TR)
+        if self.last_token_only:
+            asking = tuple(x.index_select(0, last_S) for x in asking)
+        q_UNH = self.ops.rotary(self.q_proj(asking[0]).unflatten(-1, heads), *asking[1:])
+        k_TKH = self.ops.rotary(self.k_proj(hidden_TD).unflatten(-1, heads), cos_TR, sin_TR)
+        return q_UNH, k_TKH, self.v_proj(hidden_TD).unflatten(-1, heads)
+
+    def attend(
+        self, q_UNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor, layout: Layout
+    ) -> torch.Tensor:
+        """What the queries find -> found_UNH."""
         cu_seqlens_q, max_seqlen_q = layout.cu_seqlens, layout.max_seqlen
         if self.last_token_only:
-            asking_UD, cos_UR, sin_UR = (
-                x.index_select(0, layout.last_S) for x in (asking_UD, cos_UR, sin_UR)
-            )
             cu_seqlens_q = torch.arange(len(cu_seqlens_q), dtype=torch.int32, device=cu_seqlens_q.device)
             max_seqlen_q = 1
-        heads = (-1, self.head_dim)
-        q_UNH = self.q_proj(asking_UD).unflatten(-1, heads)
-        k_TKH = self.k_proj(hidden_TD).unflatten(-1, heads)
-        v_TKH = self.v_proj(hidden_TD).unflatten(-1, heads)
-        out_UNH = self.ops.attention(
-            self.ops.rotary(q_UNH, cos_UR, sin_UR),
-            self.ops.rotary(k_TKH, layout.cos_TR, layout.sin_TR),
+        return self.ops.attention(
+            q_UNH,
+            k_TKH,
             v_TKH,
             cu_seqlens_q=cu_seqlens_q,
             cu_seqlens_k=layout.cu_seqlens,
@@ -87,7 +93,6 @@ class Attention(nn.Module):
             softcap=self.softcap,
             window=self.window,
         )
-        return self.o_proj(out_UNH.flatten(1))
 
 
 class GatedMLP(nn.Module):
@@ -96,9 +101,9 @@ class GatedMLP(nn.Module):
     def __init__(self, decoder: Decoder, *, ops: Ops) -> None:
         super().__init__()
         self.activation, self.ops = decoder.activation, ops
-        self.gate_proj = nn.Linear(decoder.hidden_size, decoder.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(decoder.hidden_size, decoder.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(decoder.intermediate_size, decoder.hidden_size, bias=False)
+        self.gate_proj = Linear(decoder.hidden_size, decoder.intermediate_size)
+        self.up_proj = Linear(decoder.hidden_size, decoder.intermediate_size)
+        self.down_proj = Linear(decoder.intermediate_size, decoder.hidden_size)
 
     def forward(self, hidden_UD: torch.Tensor) -> torch.Tensor:
         """hidden_UD -> out_UD."""
@@ -134,6 +139,9 @@ class DecoderLayer(nn.Module):
         if decoder.norms_after:
             self.pre_feedforward_layernorm = RMSNorm(decoder, ops=ops)
             self.post_feedforward_layernorm = RMSNorm(decoder, ops=ops)
+        # The last layer's few rows are not worth a compilation of their own.
+        fuse = (lambda half: half) if last_token_only else ops.fuse
+        self.before, self.after = fuse(type(self)._before_attention), fuse(type(self)._after_attention)
 
     def forward(self, hidden_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
         """hidden_TD -> hidden_UD."""
@@ -143,8 +151,16 @@ class DecoderLayer(nn.Module):
         return self._block(hidden_TD, layout)
 
     def _block(self, hidden_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-        attended_UD = self.self_attn(self.input_layernorm(hidden_TD), layout)
+        q_UNH, k_TKH, v_TKH = self.before(self, hidden_TD, layout.cos_TR, layout.sin_TR, layout.last_S)
+        found_UNH = self.self_attn.attend(q_UNH, k_TKH, v_TKH, layout)
         hidden_UD = hidden_TD.index_select(0, layout.last_S) if self.last_token_only else hidden_TD
+        return self.after(self, hidden_UD, found_UNH)
+
+    def _before_attention(self, hidden_TD, cos_TR, sin_TR, last_S):
+        return self.self_attn.project(self.input_layernorm(hidden_TD), cos_TR, sin_TR, last_S)
+
+    def _after_attention(self, hidden_UD, found_UNH):
+        attended_UD = self.self_attn.o_proj(found_UNH.flatten(1))
         if not self.norms_after:
             hidden_UD = hidden_UD + attended_UD
             return hidden_UD + self.mlp(self.post_attention_layernorm(hidden_UD))
@@ -160,7 +176,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.head_dim, self.rope_theta = decoder.head_dim, decoder.rope_theta
         self.embedding_scale = decoder.embedding_scale
-        self.embed_tokens = nn.Embedding(decoder.vocab_size, decoder.hidden_size)
+        self.embed_tokens = Embedding(decoder.vocab_size, decoder.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(
                 decoder,

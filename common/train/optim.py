@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from common.ops.weight_gradient import Embedding, Linear
+
 OptimizerName = Literal["adamw", "stable_adamw"]
 Accumulation = Literal["fp32", "stochastic"]
 
@@ -33,16 +35,20 @@ class GradientSum:
     """Adds up micro-batch gradients without losing small ones, and frees each one as soon as it is added.
 
     FSDP2 adds gradients in the parameters' dtype: in bf16, 1.0 + 200 x 0.001 stays 1.0. A hook on every
-    parameter moves each gradient (each shard, under FSDP2) here instead, before the next one exists.
+    parameter moves each gradient (each shard, under FSDP2) here instead, before the next one exists. Where a
+    weight is whole and on a GPU, its layer adds straight into the fp32 sum and no gradient is ever made.
 
     Args:
         model: Placed where it trains; under FSDP2 already sharded.
         accumulation: "fp32" sums (4 B a parameter) or "stochastic" rounding into sums of the parameter's own
             dtype (2 B in bf16; right in expectation).
         is_replica: Every process holds all parameters, so sums are reduced over processes by `reduce`.
+        fuse: False leaves all weights to the hooks; None decides by what is possible.
     """
 
-    def __init__(self, model: nn.Module, *, accumulation: Accumulation, is_replica: bool) -> None:
+    def __init__(
+        self, model: nn.Module, *, accumulation: Accumulation, is_replica: bool, fuse: bool | None = None
+    ) -> None:
         self.accumulation = accumulation
         self.is_replica = is_replica
         self.sums: dict[nn.Parameter, torch.Tensor] = {}
@@ -50,8 +56,14 @@ class GradientSum:
             dtype = torch.float32 if accumulation == "fp32" else parameter.dtype
             self.sums[parameter] = torch.zeros_like(local(parameter.detach()), dtype=dtype)
             parameter.register_post_accumulate_grad_hook(self._take)
+        for layer in (module for module in model.modules() if isinstance(module, (Linear, Embedding))):
+            is_whole = layer.weight.is_cuda and not isinstance(layer.weight, DTensor)
+            fuses = accumulation == "fp32" and is_whole if fuse is None else fuse
+            layer.weight_sum = self.sums[layer.weight] if fuses else None
 
     def _take(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is None:  # the layer has added it
+            return
         gradient, total = local(parameter.grad), self.sums[parameter]
         if self.accumulation == "fp32" or total.dtype == torch.float32:
             total.add_(gradient)

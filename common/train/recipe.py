@@ -8,6 +8,7 @@ import torch
 import tyro
 
 from common.models.zoo import SIZES, ZOO
+from common.ops import Compile
 from common.prompts import Format
 from common.tokens import Swap
 from common.train.optim import Accumulation, OptimizerName
@@ -105,7 +106,9 @@ class Execution:
     artifacts: Path = Path("artifacts")
     """Tree of everything made; inputs and outputs are found below it unless named."""
     ops: str = "auto"
-    """Backend of the fast ops, by name; "auto" takes the fastest that is installed and fits."""
+    """Backend by name, or op=backend,...; "auto" takes for each op the fastest that is installed and fits."""
+    compile: Compile = "auto"
+    """torch.compile of what stands between the attentions; "auto": on GPUs that can."""
     skip_bad_rows: bool = False
     """Leave bad comparisons out, counted and written to a side file, instead of stopping."""
 

@@ -180,14 +180,17 @@ def _lost(num_rows: int, recipe: Recipe) -> str:
     return f"{lost:,}" + f"; with --comparisons-per-step {best}: {least:,}" * (least < lost)
 
 
-def load_and_place(parent: Parent, recipe: Recipe, *, ops: str, accelerator: Accelerator) -> nn.Module:
+def load_and_place(
+    parent: Parent, recipe: Recipe, execution: Execution, accelerator: Accelerator
+) -> nn.Module:
     """Weights on the first process (everywhere without FSDP), then placed; prints the surgery and the ops."""
     sharded = is_fsdp(accelerator)
     model = models.load_model(
         parent.name,
         dtype=recipe.torch_dtype,
         device="cpu" if sharded else accelerator.device,
-        ops=ops,
+        ops=execution.ops,
+        compile=execution.compile,
         sliding_window=None if recipe.sliding_window == "off" else "checkpoint",
         head_seed=recipe.seed,
         head_dropout=recipe.head_dropout,

@@ -1,12 +1,19 @@
 """Which backend computes an op: chosen once, forced by name, refused where it cannot."""
 
+import builtins
 import dataclasses
+import re
+import shutil
+import sys
+import types
 
 import pytest
 import torch
 
 from common import ops
-from common.ops import Backend, choose
+from common.ops import Backend, choose, flash_attention
+from common.ops.backend import Asked
+from common.ops.flex_attention import flex_refuses
 
 ASKED = {"device": "cpu", "dtype": torch.float32, "head_dim": 8, "softcap": 50.0, "window": None}
 
@@ -22,9 +29,20 @@ def test_every_op_has_its_definition_last_and_refuses_nothing():
         chosen.attention = None
 
 
-def test_an_unknown_backend_names_those_available():
-    with pytest.raises(ValueError, match="attention has no backend 'tritn' here; available: auto, torch"):
-        choose("tritn", **ASKED)
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("tritn", "no op has a backend 'tritn'; there are auto, flash, flex, torch, varlen"),
+        ("attention=tritn", "attention has no backend 'tritn'; it has auto, flash, varlen, flex, torch"),
+        ("atention=torch", "'atention=torch' names the op 'atention'; the ops are attention, rms_norm,"),
+        ("attention=torch,", "names the op ''; the ops are"),
+        ("varlen", "attention: the backend 'varlen' has no softcap, and 50.0 .* nearest that can is 'torch'"),
+        ("flex", "attention: the backend 'flex' has no gradients but on a GPU, the model is on cpu"),
+    ],
+)
+def test_a_backend_that_is_not_there_or_cannot_is_an_error_that_names_the_others(backend, message):
+    with pytest.raises(ValueError, match=message):
+        choose(backend, **ASKED)
 
 
 def test_auto_takes_the_first_that_can_and_a_forced_one_that_cannot_is_an_error(monkeypatch):
@@ -38,5 +56,132 @@ def test_auto_takes_the_first_that_can_and_a_forced_one_that_cannot_is_an_error(
         monkeypatch.setitem(ops.BACKENDS, op, {"fast": Backend(fast, refuses), **backends})
     assert choose(**ASKED).attention is ops.attention
     assert choose(**ASKED | {"softcap": None}).attention is fast
-    with pytest.raises(ValueError, match="attention: the backend 'fast' computes no softcap; choose another"):
+    mixed = choose("attention=fast, rotary=torch", **ASKED | {"softcap": None})
+    assert (mixed.attention, mixed.rotary, mixed.rms_norm) == (fast, ops.rotary, fast)
+    with pytest.raises(ValueError, match=r"'fast' computes no softcap.* The nearest that can is 'torch'"):
         choose("fast", **ASKED)
+
+
+def test_compilation_is_off_on_a_cpu_unless_asked_for_and_says_what_it_lacks(monkeypatch):
+    assert not choose(**ASKED).compiles and not choose(compile="off", **ASKED).compiles
+    function = lambda x: x  # noqa: E731
+    assert choose(**ASKED).fuse(function) is function
+    monkeypatch.setattr(ops, "_cannot_compile", lambda device: None)
+    chosen = choose(compile="on", **ASKED)
+    assert chosen.compiles and str(chosen).endswith(", compiled") and chosen.fuse(function) is not function
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"there is no C compiler: install one of g\+\+, clang\+\+, or set CXX"
+    ):
+        choose(compile="on", **ASKED)
+    monkeypatch.undo()
+    monkeypatch.setattr(ops.sysconfig, "get_path", lambda name: "/nowhere")
+    if any(map(shutil.which, ("g++", "clang++"))):
+        with pytest.raises(ValueError, match="Python's headers are missing"):
+            choose(compile="on", **ASKED)
+
+
+GPU = Asked(torch.device("cuda"), torch.bfloat16, 256, None, None, compiles=True)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A card of this compute capability; nothing is computed on it."""
+    capability = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: tuple(capability))
+    monkeypatch.setattr(flash_attention, "_trial", lambda compute, asked: None)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    return capability
+
+
+@pytest.mark.parametrize(
+    "refuses", [flash_attention.flash_refuses, flash_attention.varlen_refuses, flex_refuses]
+)
+def test_gpu_kernels_refuse_what_they_cannot_take(on_gpu, refuses):
+    assert refuses(GPU) is None
+    assert "GPU, the model is on cpu" in refuses(GPU._replace(device=torch.device("cpu")))
+    if refuses is flex_refuses:
+        assert "head widths from 16, 8 is asked for" in refuses(GPU._replace(head_dim=8))
+        assert "compilation is off" in refuses(GPU._replace(compiles=False))
+        assert refuses(GPU._replace(dtype=torch.float32)) is None
+    else:
+        assert "multiples of 8; 260 is asked" in refuses(GPU._replace(head_dim=260))
+        assert "multiples of 8; 100 is asked" in refuses(GPU._replace(head_dim=100))
+        assert "bf16 and fp16, torch.float32 is asked" in refuses(GPU._replace(dtype=torch.float32))
+    on_gpu[:] = 7, 5
+    assert "needs compute capability 8.0 (Ampere), this card has 7.5" in refuses(GPU)
+
+
+def test_varlen_needs_a_pytorch_whose_attention_has_windows(on_gpu, monkeypatch):
+    assert flash_attention.varlen_refuses(GPU._replace(window=4096)) is None
+    assert "has no softcap, and 50.0 is" in flash_attention.varlen_refuses(GPU._replace(softcap=50.0))
+    monkeypatch.setattr(flash_attention, "_varlen_parameters", lambda: frozenset({"is_causal"}))
+    assert "needs PyTorch 2.11" in flash_attention.varlen_refuses(GPU)
+
+
+def test_flash_attn_that_is_absent_or_of_another_pytorch_says_which(on_gpu, monkeypatch):
+    monkeypatch.delitem(sys.modules, "flash_attn")
+    load, error = builtins.__import__, ModuleNotFoundError("No module named 'flash_attn'", name="flash_attn")
+
+    def fails(name, *rest):
+        if name == "flash_attn":
+            raise error
+        return load(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", fails)
+    assert flash_attention.flash_refuses(GPU) == "is not installed (just setup gpu)"
+    error = ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c104cuda\nmore")
+    assert "undefined symbol: _ZN3c104cuda; it was built for another PyTorch" in (
+        flash_attention.flash_refuses(GPU)
+    )
+
+
+CPU = Asked(torch.device("cpu"), torch.float32, 8, 50.0, 4096)
+
+
+def changed(**wrong):
+    """The definition with another option."""
+    return lambda q, k, v, **options: ops.attention(q, k, v, **options | wrong)
+
+
+def joined(q, k, v, **options):
+    """Both sequences taken for one."""
+    for name, rows in (("q", q), ("k", k)):
+        options[f"cu_seqlens_{name}"] = torch.tensor([0, len(rows)], dtype=torch.int32)
+        options[f"max_seqlen_{name}"] = len(rows)
+    return ops.attention(q, k, v, **options)
+
+
+def fails(q, k, v, **options):
+    raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nmore")
+
+
+class WrongGradient(torch.autograd.Function):
+    """Right output, half the gradient of v."""
+
+    @staticmethod
+    def forward(ctx, v):
+        return v.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient / 2
+
+
+@pytest.mark.parametrize(
+    ("compute", "reason"),
+    [
+        (ops.attention, None),
+        (changed(softcap=None), "computes something else on this machine: relative error of output"),
+        (changed(window=None), "relative error of output"),
+        (changed(window=8), "relative error of output"),
+        (joined, "relative error of output"),
+        (lambda q, k, v, **rest: ops.attention(q, k, WrongGradient.apply(v), **rest), "error of dv 0.5"),
+        (lambda q, k, v, **rest: ops.attention(q, k, v, **rest) * torch.nan, "error of output nan"),
+        (fails, "fails on this machine: RuntimeError: CUDA error: no kernel image is .* install a build for"),
+    ],
+)
+def test_a_build_that_computes_something_else_is_found_out(compute, reason):
+    found = flash_attention._trial(compute, CPU)
+    assert found is reason or re.search(reason, found)

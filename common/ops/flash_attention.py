@@ -1,0 +1,171 @@
+"""Attention by FlashAttention 2 on GPUs: from the package flash-attn, or from PyTorch itself (no softcap).
+
+Whether an installed build does what is asked is not believed but tried once, on a small input with gradients:
+a build for another card fails there, and one that ignores the softcap or the window is found out.
+
+Shape suffixes: T packed tokens (queries and keys may differ in number), N query heads, K key/value heads, H
+head width.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import varlen
+
+from common.ops.attention import attention
+from common.ops.backend import Asked
+
+MAX_HEAD_DIM = 256
+TOLERANCE = 0.05
+"""Relative error of the trial: rounding to bf16 gives 0.01, a dropped softcap or window above 0.2."""
+
+
+def attention_flash(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """As `common.ops.attention.attention`, by the package flash-attn."""
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        softmax_scale=scale,
+        causal=True,
+        softcap=softcap or 0.0,
+        window_size=_window_size(window),
+    )
+
+
+def attention_varlen(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    softcap: None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """As `common.ops.attention.attention` without softcap, by `torch.nn.attention.varlen`."""
+    assert softcap is None, softcap
+    # Since 2.12 grouped queries have to be announced; before, they were computed without.
+    grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
+    return varlen.varlen_attn(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        scale=scale,
+        window_size=_window_size(window),
+        **grouped,
+    )
+
+
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    return frozenset(inspect.signature(varlen.varlen_attn).parameters)
+
+
+def _window_size(window: int | None) -> tuple[int, int]:
+    """Keys left and right of a query's own, -1 for all: a window of W keys reaches W - 1 to the left."""
+    return (-1 if window is None else window - 1, 0)
+
+
+def flash_refuses(asked: Asked) -> str | None:
+    """Why flash-attn cannot compute what is asked, in words; None where it can."""
+    try:
+        import flash_attn  # noqa: F401  (whether it loads is the question)
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
+            return "is not installed (just setup gpu)"
+        return f"does not load: {_first_line(error)}; it was built for another PyTorch: install it again"
+    return _card_refuses(asked) or _trial(attention_flash, asked)
+
+
+def varlen_refuses(asked: Asked) -> str | None:
+    """Why PyTorch's own FlashAttention cannot compute what is asked, in words; None where it can."""
+    if asked.softcap is not None:
+        return f"has no softcap, and {asked.softcap} is asked for"
+    if "window_size" not in _varlen_parameters():
+        return f"needs PyTorch 2.11, this is {torch.__version__}"
+    return _card_refuses(asked) or _trial(attention_varlen, asked)
+
+
+def _card_refuses(asked: Asked) -> str | None:
+    if asked.device.type != "cuda":
+        return f"needs a GPU, the model is on {asked.device.type}"
+    if asked.dtype not in (torch.bfloat16, torch.float16):
+        return f"computes in bf16 and fp16, {asked.dtype} is asked for"
+    if asked.head_dim > MAX_HEAD_DIM or asked.head_dim % 8:
+        return f"takes head widths up to {MAX_HEAD_DIM}, multiples of 8; {asked.head_dim} is asked for"
+    capability = torch.cuda.get_device_capability(asked.device)
+    if capability < (8, 0):
+        return "needs compute capability 8.0 (Ampere), this card has {}.{}".format(*capability)
+    return None
+
+
+@functools.cache
+def _trial(compute: Callable[..., torch.Tensor], asked: Asked) -> str | None:
+    """What is wrong with output or gradients on two short sequences, against the definition in fp32."""
+    generator = torch.Generator(asked.device).manual_seed(0)
+    cu_seqlens_q, cu_seqlens_k = (
+        torch.tensor(ends, dtype=torch.int32, device=asked.device) for ends in ([0, 3, 43], [0, 7, 47])
+    )
+    q, k, v, weight = (
+        torch.randn(rows, heads, asked.head_dim, generator=generator, device=asked.device, dtype=asked.dtype)
+        for rows, heads in ((43, 2), (47, 1), (47, 1), (43, 2))
+    )
+    # Scores of three times the cap, so that its absence shows, and a window that is shorter than the longest.
+    options = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": 40,
+        "max_seqlen_k": 40,
+        "scale": 3.0 * (asked.softcap or 1.0) * asked.head_dim**-0.5,
+        "softcap": asked.softcap,
+        "window": None if asked.window is None else 9,
+    }
+    try:
+        found = _with_gradients(compute, (q, k, v), weight, options)
+    except Exception as error:  # CUDA and loading errors of any kind
+        return f"fails on this machine: {_first_line(error)}; install a build for this card and PyTorch"
+    expected = _with_gradients(attention, (q.float(), k.float(), v.float()), weight.float(), options)
+    for name, ours, truth in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        error = float((ours.float() - truth).norm() / truth.norm())
+        if not error < TOLERANCE:
+            return f"computes something else on this machine: relative error of {name} {error:.2g}"
+    return None
+
+
+def _with_gradients(compute, tensors, weight, options):
+    with torch.enable_grad():
+        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        out = compute(*tensors, **options)
+        return out.detach(), *torch.autograd.grad(out, tensors, weight)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
