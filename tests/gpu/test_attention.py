@@ -1,0 +1,121 @@
+"""Attention backends against the definition in fp32, on a GPU: output, every gradient, and planted faults."""
+
+import itertools
+
+import pytest
+import torch
+
+from common.ops import BACKENDS
+from common.ops.attention import attention
+from common.ops.backend import Asked
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+WIDTHS = {"head 256": (16, 8, 256), "head 128": (32, 8, 128)}
+RAGGED = [1, 700, 129, 3, 512, 1024, 77]
+CASES = {  # name -> (query lengths, key lengths, windows)
+    "ragged": (RAGGED, RAGGED, [None, 100]),
+    "last tokens": ([1] * len(RAGGED), RAGGED, [None, 100]),
+    "suffixes": ([1, 200, 129, 2, 1, 700, 13], RAGGED, [None, 100]),
+    "long": ([8192, 300], [8192, 300], [None, 4095, 4096, 4097]),
+}
+PARTS = ("output", "dq", "dk", "dv")
+
+
+def boundaries(lengths):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+def options_of(lengths_q, lengths_k, softcap, window, head_dim):
+    return {
+        "cu_seqlens_q": boundaries(lengths_q),
+        "cu_seqlens_k": boundaries(lengths_k),
+        "max_seqlen_q": max(lengths_q),
+        "max_seqlen_k": max(lengths_k),
+        # Scores of a standard deviation of 3 times the cap; without a cap of 3, where softmax is sharp.
+        "scale": 3 * (softcap or 1.0) * head_dim**-0.5,
+        "softcap": softcap,
+        "window": window,
+    }
+
+
+def draw(lengths_q, lengths_k, width):
+    num_heads, num_key_value_heads, head_dim = width
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = [(sum(lengths_q), num_heads), *[(sum(lengths_k), num_key_value_heads)] * 2]
+    shapes.append(shapes[0])  # the direction of the gradients
+    return [
+        torch.randn(*s, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes
+    ]
+
+
+def compute(function, tensors, options, dtype=torch.bfloat16):
+    *tensors, direction = (tensor.to(dtype) for tensor in tensors)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    out = function(*tensors, **options)
+    assert out.dtype == dtype and out.shape == tensors[0].shape
+    return out.detach(), *torch.autograd.grad(out, tensors, direction)
+
+
+def errors(found, truth):
+    """Of the worst row against a mean row, and over all, for output and every gradient."""
+    measured = {}
+    for part, ours, exact in zip(PARTS, found, truth, strict=True):
+        row, mean = (ours.float() - exact).norm(dim=-1), exact.norm(dim=-1).square().mean().sqrt()
+        measured |= {f"{part} worst": float(row.max() / mean)}
+        measured |= {f"{part} rms": float(row.square().mean().sqrt() / mean)}
+    return measured
+
+
+FAULTS = {
+    "softcap dropped": lambda options: options | {"softcap": None},
+    "window longer by one": lambda options: options | {"window": options["window"] + 1},
+    "window shorter by one": lambda options: options | {"window": options["window"] - 1},
+    "two sequences joined": lambda options: (
+        options
+        | {name: torch.cat([options[name][:1], options[name][2:]]) for name in options if "cu_" in name}
+        | {name: options[name] * 2 for name in options if "max_" in name}
+    ),
+}
+
+
+@pytest.mark.parametrize("softcap", [50.0, None], ids=["softcap", "no softcap"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("backend", [name for name in BACKENDS["attention"] if name != "torch"])
+def test_error_is_at_most_twice_that_of_plain_bf16_and_faults_exceed_it(backend, width, case, softcap):
+    lengths_q, lengths_k, windows = CASES[case]
+    head_dim = WIDTHS[width][2]
+    function, refuses = BACKENDS["attention"][backend]
+    if reason := refuses(Asked(torch.device("cuda"), torch.bfloat16, head_dim, softcap, windows[-1], True)):
+        pytest.skip(f"{backend} {reason}")
+    tensors = draw(lengths_q, lengths_k, WIDTHS[width])
+    for window in windows:
+        options = options_of(lengths_q, lengths_k, softcap, window, head_dim)
+        truth = compute(attention, tensors, options, torch.float32)
+        plain = errors(compute(attention, tensors, options), truth)
+        found = errors(compute(function, tensors, options), truth)
+        assert all(found[name] <= 2 * plain[name] for name in plain), (window, found, plain)
+        for fault, spoil in FAULTS.items():
+            applies = (softcap or "softcap" not in fault) and (window or "window" not in fault)
+            if applies and not ("joined" in fault and case != "ragged"):
+                wrong = errors(compute(function, tensors, spoil(options)), truth)
+                assert wrong["output worst"] > 2 * plain["output worst"], (fault, window, wrong, plain)
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS["attention"] if name != "torch"])
+def test_what_a_kernel_leaves_unwritten_is_seen(backend):
+    """The allocator hands out memory that is full of NaN."""
+    function, refuses = BACKENDS["attention"][backend]
+    if reason := refuses(Asked(torch.device("cuda"), torch.bfloat16, 128, None, None, True)):
+        pytest.skip(f"{backend} {reason}")
+    tensors = draw(RAGGED, RAGGED, WIDTHS["head 128"])
+    options = options_of(RAGGED, RAGGED, None, None, 128)
+    compute(function, tensors, options)
+    spoiled = [torch.full_like(tensor, torch.nan) for tensor in tensors * 3]
+    del spoiled
+    assert all(part.isfinite().all() for part in compute(function, tensors, options))
