@@ -27,9 +27,6 @@ if TYPE_CHECKING:  # slow to import, and only training states need it
 # A single process saving alone is what is meant, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
-# These change speed and memory, not what is computed: a run may be continued with others.
-EXECUTION_FIELDS = frozenset({"max_tokens_per_micro_batch", "activation_checkpointing"})
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -304,7 +301,7 @@ def _first_difference(
     """The first field of recipe or inputs (or other parts) that differs: its name and both values."""
     for part in parts:
         theirs, mine = stored.get(part, {}), ours[part]
-        for field in sorted({*theirs, *mine} - EXECUTION_FIELDS):
+        for field in sorted({*theirs, *mine}):
             if theirs.get(field) != mine.get(field):
                 return f"{part}.{field}", theirs.get(field), mine.get(field)
     return None

@@ -32,7 +32,7 @@ from common.data.votes_csv import parse_texts, read_rows
 from common.files import file_hash, replacing, write_json
 from common.locks import lock
 from common.models import checkpoint_hash, use_threads
-from common.score.predict import predict
+from common.score.predict import MAX_TOKENS, predict
 from common.tokens import tokenise
 from common.train.recipe import by_flags
 from common.trained import open_model, open_prompter
@@ -316,7 +316,7 @@ def stages_answer(model: dict, frame: pl.DataFrame) -> tuple[np.ndarray, list[li
             frame, prompter, formats=(model["format"],), orders=("given",), cache=Path(cache)
         )
         input_ids = [[int(token) for token in sequences[i].input_ids] for i in range(len(sequences))]
-        found = predict(loaded, sequences, max_tokens=16_384, device=device, description=None)
+        found = predict(loaded, sequences, max_tokens=MAX_TOKENS, device=device, description=None)
     assert sequences.row.tolist() == list(range(len(frame)))
     return found.astype(np.float64), input_ids
 

@@ -31,7 +31,7 @@ from common.runs import Run, find_complete
 from common.score import ensemble
 from common.score.calibration import MIN_LABELLED, calibrate
 from common.score.metrics import ENSEMBLE, FITTED, PRIOR
-from common.score.predict import predict_orders
+from common.score.predict import MAX_TOKENS, predict_orders
 from common.tokens import tokenise
 from common.train.launch import leave, on_first, start
 from common.train.recipe import Execution, by_flags
@@ -69,7 +69,7 @@ class Args:
     """Subfolder of <artifacts>/evaluate that takes the results."""
     submission: Path | None = None
     """Also write the ensemble as a competition submission, in the order of the comparisons."""
-    max_tokens_per_micro_batch: int = 16_384
+    max_tokens_per_micro_batch: int = MAX_TOKENS
     """Tokens per rank per micro-batch."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from common.files import file_hash
 from common.models import checkpoint_hash
 from common.runs import Run, find_complete
 from common.score.ensemble import group_columns, read_group
-from common.score.predict import average, predict_orders
+from common.score.predict import MAX_TOKENS, average, predict_orders
 from common.tokens import tokenise
 from common.train.launch import leave, on_first, start
 from common.train.recipe import Execution, by_flags
@@ -49,7 +49,7 @@ class Args:
     """Write the ensemble's soft labels when all teachers are done."""
     comparisons_per_shard: int = 4096
     """Comparisons between two points from which a stopped run continues."""
-    max_tokens_per_micro_batch: int = 16_384
+    max_tokens_per_micro_batch: int = MAX_TOKENS
     """Tokens per rank per micro-batch."""
 
     def __post_init__(self) -> None:

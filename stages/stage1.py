@@ -22,7 +22,7 @@ from common.train.recipe import TINY, Execution, Recipe, Training, by_model
 
 RECIPES = {  # docs/recipes.md says why each number is what it is
     "gemma9b": Recipe(formats=("PAB", "PAPB")),
-    "gemma27b": Recipe(max_tokens_per_micro_batch=2048, accumulation="stochastic"),
+    "gemma27b": Recipe(accumulation="stochastic"),
     "armorm8b": Recipe(
         formats=("PAB", "PAPB"), conversation_tokens=2048, comparisons_per_step=16, optimizer="stable_adamw"
     ),

@@ -51,7 +51,6 @@ def load_model(
     num_classes: int = 3,
     head_seed: int = 3,
     head_dropout: float = 0.1,
-    activation_checkpointing: bool = False,
     materialise: bool = True,
 ) -> PreferenceModel:
     """Loads a published backbone (with a newly drawn head) or one of our own checkpoints, in evaluation mode.
@@ -68,7 +67,6 @@ def load_model(
         num_classes: C of a newly drawn head; a saved head has its own.
         head_seed: Seed of a newly drawn head.
         head_dropout: Probability, in training mode.
-        activation_checkpointing: Recompute each decoder layer in the backward pass, in training mode.
         materialise: False: nothing but the config is read and the parameters stay on the meta device, for
             ranks that receive them from another.
 
@@ -99,7 +97,6 @@ def load_model(
             decoder,
             num_classes=num_classes if preference is None else preference["num_classes"],
             dropout=head_dropout,
-            activation_checkpointing=activation_checkpointing,
             ops=chosen,
         )
     model.hf_config, model.preference = config, preference

@@ -126,11 +126,10 @@ class DecoderLayer(nn.Module):
         *,
         window: int | None,
         last_token_only: bool,
-        activation_checkpointing: bool,
         ops: Ops,
     ) -> None:
         super().__init__()
-        self.last_token_only, self.activation_checkpointing = last_token_only, activation_checkpointing
+        self.last_token_only = last_token_only
         self.self_attn = Attention(decoder, window=window, last_token_only=last_token_only, ops=ops)
         self.mlp = GatedMLP(decoder, ops=ops)
         self.input_layernorm = RMSNorm(decoder, ops=ops)
@@ -143,10 +142,10 @@ class DecoderLayer(nn.Module):
         fuse = (lambda half: half) if last_token_only else ops.fuse
         self.before, self.after = fuse(type(self)._before_attention), fuse(type(self)._after_attention)
 
-    def forward(self, hidden_TD: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """hidden_TD -> hidden_UD."""
+    def forward(self, hidden_TD: torch.Tensor, layout: Layout, recompute: bool = False) -> torch.Tensor:
+        """hidden_TD -> hidden_UD; with `recompute` nothing between is kept for the backward pass."""
         # Inside forward, so that FSDP gathers the weights around the recomputation and not within it.
-        if self.activation_checkpointing and self.training:
+        if recompute:
             return checkpoint(self._block, hidden_TD, layout, use_reentrant=False, preserve_rng_state=False)
         return self._block(hidden_TD, layout)
 
@@ -172,7 +171,7 @@ class DecoderLayer(nn.Module):
 class Backbone(nn.Module):
     """Embedding, decoder layers and final norm, with the state-dict names of the published checkpoints."""
 
-    def __init__(self, decoder: Decoder, *, activation_checkpointing: bool, ops: Ops) -> None:
+    def __init__(self, decoder: Decoder, *, ops: Ops) -> None:
         super().__init__()
         self.head_dim, self.rope_theta = decoder.head_dim, decoder.rope_theta
         self.embedding_scale = decoder.embedding_scale
@@ -182,7 +181,6 @@ class Backbone(nn.Module):
                 decoder,
                 window=decoder.sliding_window if is_windowed else None,
                 last_token_only=number == len(decoder.windowed),
-                activation_checkpointing=activation_checkpointing,
                 ops=ops,
             )
             for number, is_windowed in enumerate(decoder.windowed, start=1)
@@ -195,13 +193,18 @@ class Backbone(nn.Module):
         position_ids_T: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
+        *,
+        recompute: int = 0,
     ) -> torch.Tensor:
-        """Packed token ids -> hidden_SD, the normalised state of each sequence's last token."""
+        """Packed token ids -> hidden_SD, the normalised state of each sequence's last token.
+
+        The first `recompute` layers compute their activations again in the backward pass.
+        """
         hidden_TD = self.embed_tokens(input_ids_T)
         if self.embedding_scale != 1.0:
             hidden_TD = hidden_TD * self.embedding_scale
         cos_TR, sin_TR = rotary_tables(position_ids_T, theta=self.rope_theta, head_dim=self.head_dim)
         layout = Layout(cos_TR, sin_TR, cu_seqlens, max_seqlen, last_S=cu_seqlens[1:].long() - 1)
-        for layer in self.layers:  # the last one returns S rows
-            hidden_TD = layer(hidden_TD, layout)
+        for number, layer in enumerate(self.layers):  # the last one returns S rows
+            hidden_TD = layer(hidden_TD, layout, recompute=number < recompute)
         return self.norm(hidden_TD)

@@ -55,12 +55,10 @@ class PreferenceModel(nn.Module):
     surgery: Surgery
     """What loading took, dropped and newly initialised."""
 
-    def __init__(
-        self, decoder: Decoder, *, num_classes: int, dropout: float, activation_checkpointing: bool, ops: Ops
-    ) -> None:
+    def __init__(self, decoder: Decoder, *, num_classes: int, dropout: float, ops: Ops) -> None:
         super().__init__()
         self.decoder, self.num_classes, self.ops = decoder, num_classes, ops
-        self.model = Backbone(decoder, activation_checkpointing=activation_checkpointing, ops=ops)
+        self.model = Backbone(decoder, ops=ops)
         self._no_split_modules = [DecoderLayer.__name__]
         self.head = PreferenceHead(hidden_size=decoder.hidden_size, num_classes=num_classes, dropout=dropout)
 
@@ -68,9 +66,21 @@ class PreferenceModel(nn.Module):
         """The token embedding."""
         return self.model.embed_tokens
 
-    def forward(self, packed: PackedBatch) -> torch.Tensor:
-        """PackedBatch of S sequences -> logits_SC, float32."""
+    def forward(
+        self, packed: PackedBatch, *, kept_SE: torch.Tensor | None = None, recompute: int = 0
+    ) -> torch.Tensor:
+        """PackedBatch of S sequences -> logits_SC, float32.
+
+        Args:
+            kept_SE: What the head's dropout keeps, as of `PreferenceHead.forward`; None: no dropout.
+            recompute: How many decoder layers, the first ones, keep no activations for the backward pass and
+                compute them again in it: less memory, more time, the same result.
+        """
         hidden_SD = self.model(
-            packed.input_ids_T, packed.position_ids_T, packed.cu_seqlens, packed.max_seqlen
+            packed.input_ids_T,
+            packed.position_ids_T,
+            packed.cu_seqlens,
+            packed.max_seqlen,
+            recompute=recompute,
         )
-        return self.head(hidden_SD).float()
+        return self.head(hidden_SD, kept_SE)

@@ -14,6 +14,10 @@ from common.data.table import ORDERS
 from common.score.metrics import mirror
 from common.tokens import Sequences
 
+MAX_TOKENS = 16_384
+"""Tokens per rank per micro-batch, unless a flag says otherwise: enough to fill a GPU, little memory without
+a backward pass."""
+
 
 @torch.no_grad()
 def predict(

@@ -12,9 +12,11 @@ from torch.utils.data import DataLoader
 
 from common.batching import FILLER_ROW, VarlenCollator, plan_micro_batches
 from common.console import progress, say
+from common.models.head import PreferenceHead
 from common.runs import Run
 from common.tokens import Sequences
 from common.train.launch import is_fsdp
+from common.train.memory import find_budget
 from common.train.optim import GradientSum, KahanOptimizer, learning_rate, soft_cross_entropy
 from common.train.recipe import Recipe, Training
 
@@ -54,6 +56,21 @@ def sequences_of(rows: np.ndarray, sequences: Sequences) -> np.ndarray:
     return np.concatenate([np.arange(start, end) for start, end in zip(starts, ends, strict=True)])
 
 
+def draw_kept(head: PreferenceHead, indices: Sequence[int], *, step: int, seed: int) -> torch.Tensor:
+    """What the head's dropouts keep of some sequences, drawn for each from (seed, step, its index) alone.
+
+    So it is the same in whichever micro-batch and on whichever rank a sequence stands.
+
+    Returns:
+        bool [S, E] on the CPU; one row for a filler where `indices` is empty.
+    """
+    kept = []
+    for index in indices or [0]:
+        generator = torch.Generator().manual_seed(_seed(seed, step, index))
+        kept.append(torch.rand(sum(head.widths), generator=generator) >= head.dropout)
+    return torch.stack(kept)
+
+
 def fit(
     model: nn.Module,
     sequences: Sequences,
@@ -65,8 +82,8 @@ def fit(
 ) -> None:
     """Trains `model` in place, from the newest saved state of `run` if there is one.
 
-    The loss of a step is the soft cross entropy summed over its sequences / their number over all ranks, so
-    with dropout off the result does not depend on how the step is cut.
+    The loss of a step is the soft cross entropy summed over its sequences / their number over all ranks, and
+    dropout is drawn a sequence at a time, so the result does not depend on how the step is cut.
 
     Args:
         model: Placed by `common.train.launch.place`.
@@ -94,8 +111,12 @@ def fit(
     if accelerator.is_main_process:
         run.keep_metrics_until(first)
 
+    model.train()
+    budget = find_budget(
+        model, training, longest=int(sequences.lengths.max()), device=device, is_sharded=sharded
+    )
     steps = [sequences_of(rows, sequences) for rows in plan_steps(len(sequences.frame), recipe)]
-    plans = [_plan(step, sequences, rank, world_size, recipe) for step in steps[first:]]
+    plans = [_plan(step, sequences, rank, world_size, budget.tokens) for step in steps[first:]]
     batches = iter(
         DataLoader(
             sequences,
@@ -105,17 +126,21 @@ def fit(
             pin_memory=device.type == "cuda",
         )
     )
-    model.train()
     with progress("training", len(steps), "steps", start=first) as advance:
         for step, (indices, plan) in enumerate(zip(steps[first:], plans, strict=True), start=first):
             began = time.perf_counter()
             # FSDP averages gradients over ranks; sums are wanted.
             scale = (world_size if sharded else 1) / len(indices)
             losses, rows = [], []
-            for micro_step in range(len(plan)):
-                torch.manual_seed(_seed(recipe.seed, step, micro_step, rank))
+            torch.manual_seed(_seed(recipe.seed, step, len(sequences) + rank))  # stochastic rounding draws
+            for micro_batch in plan:
                 packed = next(batches).to(device)
-                loss_S = soft_cross_entropy(model(packed), packed.labels_SC)
+                kept_SE = draw_kept(model.head, micro_batch, step=step, seed=recipe.seed)
+                if device.type == "cuda":
+                    kept_SE = kept_SE.pin_memory().to(device, non_blocking=True)
+                recompute = budget.recompute(int(sequences.lengths[micro_batch].sum()))
+                logits_SC = model(packed, kept_SE=kept_SE, recompute=recompute)
+                loss_S = soft_cross_entropy(logits_SC, packed.labels_SC)
                 (loss_S.sum() * scale).backward()
                 losses.append(loss_S.detach())
                 rows.append(packed.row_S)
@@ -146,16 +171,16 @@ def fit(
 
 
 def _plan(
-    indices: np.ndarray, sequences: Sequences, rank: int, world_size: int, recipe: Recipe
+    indices: np.ndarray, sequences: Sequences, rank: int, world_size: int, max_tokens: int
 ) -> list[list[int]]:
     """This rank's micro-batches of one step, as indices into `sequences`."""
     lengths = sequences.lengths[indices].tolist()
-    plan = plan_micro_batches(lengths, world_size, recipe.max_tokens_per_micro_batch)[rank]
+    plan = plan_micro_batches(lengths, world_size, max_tokens)[rank]
     return [indices[micro_batch].tolist() for micro_batch in plan]
 
 
 def _seed(*parts: int) -> int:
-    """One number for dropout, from the position alone: a resumed run draws the same masks."""
+    """One seed of several numbers that say where it is used: a resumed run draws the same."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
 
 

@@ -26,8 +26,6 @@ class Recipe:
     """Budget of the conversation, in tokens (PAPB: half of it a side)."""
     comparisons_per_step: int = 80
     """Comparisons per optimiser step, over all ranks."""
-    max_tokens_per_micro_batch: int = 16_384
-    """Tokens per rank per micro-batch; a longer single sequence gets one of its own."""
     epochs: int = 1
     """Passes over the comparisons."""
     optimizer: OptimizerName = "adamw"
@@ -54,15 +52,13 @@ class Recipe:
     """Gemma's window on every other layer: as in the checkpoint, or off."""
     head_dropout: float = 0.1
     """Dropout probability in the classification head."""
-    activation_checkpointing: bool = True
-    """Recompute every decoder layer's activations in the backward pass."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Dtype of parameters and optimiser states."""
     seed: int = 3
     """Seed of the head's initialisation, the shuffle and the dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("conversation_tokens", "comparisons_per_step", "max_tokens_per_micro_batch", "epochs"):
+        for name in ("conversation_tokens", "comparisons_per_step", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         for name in ("beta1", "beta2", "head_dropout"):
@@ -88,14 +84,7 @@ class Recipe:
         return {name: (theirs[name], ours[name]) for name in ours if ours[name] != theirs[name]}
 
 
-TINY = Recipe(
-    conversation_tokens=256,
-    comparisons_per_step=8,
-    max_tokens_per_micro_batch=8192,
-    lr=2e-3,
-    dtype="fp32",
-    activation_checkpointing=False,
-)
+TINY = Recipe(conversation_tokens=256, comparisons_per_step=8, lr=2e-3, dtype="fp32")
 """Of the tiny models, in stages 1 and 2."""
 
 
@@ -115,8 +104,14 @@ class Execution:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """How a training stage runs; nothing here changes what is computed."""
+    """How a training stage runs; nothing here changes what is computed: a run may go on with other values."""
 
+    recompute: Literal["auto", "all", "none"] | int = "auto"
+    """Decoder layers, from the first on, that compute their activations again in the backward pass, which
+    saves memory and costs time; "auto": in each micro-batch as few as it needs."""
+    max_tokens_per_micro_batch: Literal["auto"] | int = "auto"
+    """Tokens per rank per micro-batch; a longer single sequence gets one of its own. "auto": what fits, as
+    measured before the first step (8,192 on a CPU)."""
     dry_run: bool = False
     """Print the resolved recipe, steps, sequences, tokens and truncation, and stop."""
     allow_cpu: bool = False
@@ -129,6 +124,9 @@ class Training:
     """An Accelerate tracker by name, or "none"."""
 
     def __post_init__(self) -> None:
+        for name, least in (("recompute", 0), ("max_tokens_per_micro_batch", 1)):
+            if isinstance(value := getattr(self, name), int) and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
         if self.state_interval_steps < 1 or self.keep_states < 1:
             raise ValueError(
                 f"--state-interval-steps is {self.state_interval_steps}, --keep-states {self.keep_states}; "

@@ -18,7 +18,7 @@ from common.data.table import LABELS, labels_array, table_hash, write_table
 from common.prompts import Prompter, read_instruction
 from common.runs import Run, check_whole, read_run
 from common.score.metrics import prior_log_loss, score
-from common.score.predict import predict_orders
+from common.score.predict import MAX_TOKENS, predict_orders
 from common.tokens import Sequences, orders_of, rendering_hash, tokenise
 from common.train.fit import num_never_taken, plan_steps
 from common.train.launch import is_fsdp, leave, on_first, place, start
@@ -194,7 +194,6 @@ def load_and_place(
         sliding_window=None if recipe.sliding_window == "off" else "checkpoint",
         head_seed=recipe.seed,
         head_dropout=recipe.head_dropout,
-        activation_checkpointing=recipe.activation_checkpointing,
         materialise=accelerator.is_main_process or not sharded,
     )
     if accelerator.is_main_process:
@@ -251,7 +250,7 @@ def score_held_out(
     given = predict_orders(
         model,
         sequences,
-        max_tokens=recipe.max_tokens_per_micro_batch,
+        max_tokens=MAX_TOKENS,
         device=accelerator.device,
         description="scoring the held-out fold",
     )["given"]

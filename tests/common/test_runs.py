@@ -14,7 +14,7 @@ from common.locks import release, replacing_folder
 from common.models import checkpoint_hash
 from common.runs import Run, find_complete
 
-RECIPE = {"lr": 1e-3, "formats": ("PAB",), "max_tokens_per_micro_batch": 100}
+RECIPE = {"lr": 1e-3, "formats": ("PAB",)}
 
 
 def open_run(folder, **changes):
@@ -165,11 +165,6 @@ def test_another_recipe_is_refused_and_the_field_named(tmp_path):
         open_run(tmp_path, lr=2e-3)
     with pytest.raises(ValueError, match=r"inputs\.train is abc; here it is other"):
         Run.open(tmp_path, recipe=RECIPE, inputs={"train": "other"})
-
-
-def test_a_micro_batch_budget_may_change(tmp_path):
-    open_run(tmp_path).begin()
-    assert open_run(tmp_path, max_tokens_per_micro_batch=50)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):

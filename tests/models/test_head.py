@@ -1,9 +1,12 @@
+import copy
 import math
 
+import pytest
 import torch
 from torch import nn
 
 from common.models.head import PreferenceHead, head_hash, initial_head
+from common.train.fit import draw_kept
 
 
 def test_draws_what_torch_linear_would():
@@ -44,7 +47,6 @@ def test_starts_near_the_uniform_loss():
 
 def test_both_dropouts_act_in_training():
     """Units of bias 1 that read one input of 1 tell by their value which of the two dropouts struck them."""
-    torch.manual_seed(0)
     p, num_units = 0.25, 4
     head = PreferenceHead(hidden_size=2 * num_units, num_classes=num_units, dropout=p)
     with torch.no_grad():
@@ -53,7 +55,9 @@ def test_both_dropouts_act_in_training():
             layer.bias.fill_(bias)
     inputs = torch.ones(5000, 2 * num_units)
     torch.testing.assert_close(head.eval()(inputs), nn.functional.gelu(torch.full((5000, num_units), 2.0)))
-    found = head.train()(inputs)
+    with pytest.raises(ValueError, match=r"dropout 0\.25, but no kept_SE .*\[sequences, 12\]"):
+        head.train()(inputs)
+    found = head(inputs, draw_kept(head, range(5000), step=0, seed=0))
     kept = 1 / (1 - p)
     levels = nn.functional.gelu(torch.tensor([0.0, kept, (kept + 1) * kept]))
     is_level = torch.isclose(found[..., None], levels)
@@ -61,3 +65,27 @@ def test_both_dropouts_act_in_training():
     # Struck by the second, by the first alone, by neither; a share strays by 0.0035 by chance.
     shares = torch.tensor([p, (1 - p) * p, (1 - p) ** 2])
     torch.testing.assert_close(is_level.float().mean((0, 1)), shares, rtol=0, atol=0.015)
+
+
+def test_dropout_is_drawn_for_each_sequence_alone():
+    """From its index, the step and the seed: whatever else is in the micro-batch."""
+    head = PreferenceHead(hidden_size=64, num_classes=3, dropout=0.5)
+    together = draw_kept(head, [4, 9, 2], step=7, seed=3)
+    assert together.shape == (3, 96) and together.dtype == torch.bool
+    assert torch.equal(together[[2, 0]], draw_kept(head, [2, 4], step=7, seed=3))
+    others = [draw_kept(head, [4], step=8, seed=3)[0], draw_kept(head, [4], step=7, seed=4)[0], together[1]]
+    assert not any(torch.equal(together[0], other) for other in others)
+    assert len(draw_kept(head, [], step=7, seed=3)) == 1  # a filler
+
+
+def test_computes_in_float32_whatever_the_weights():
+    """bf16 has a grid of 0.0078 where logits lie; the loss sees what is between."""
+    head = PreferenceHead(hidden_size=64, num_classes=3, dropout=0.0)
+    for parameter in head.bfloat16().parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    logits = head(hidden)
+    assert torch.equal(logits, copy.deepcopy(head).float()(hidden.float()))
+    assert (logits != logits.bfloat16()).float().mean() > 0.9
+    logits.sum().backward()
+    assert {parameter.grad.dtype for parameter in head.parameters()} == {torch.bfloat16}

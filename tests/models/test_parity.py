@@ -135,28 +135,17 @@ def test_pruned_last_layer_equals_the_whole_one(published, sequences, family, nu
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activation_checkpointing_recomputes_and_changes_nothing(published, sequences, family):
-    packed = pack(sequences)
-    results = {}
-    for checkpointing in (False, True):
-        model = load_model(
-            published(family)[0], activation_checkpointing=checkpointing, head_dropout=0.0
-        ).train()
-        calls = []
-        model.model.layers[0].input_layernorm.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        results[checkpointing] = gradients_of(model(packed), model.parameters())
-        assert len(calls) == 1 + checkpointing
-    torch.testing.assert_close(results[True], results[False], rtol=0, atol=0)
-    calls.clear()
-    gradients_of(model.eval()(packed), model.parameters())
-    assert len(calls) == 1
-
-
-def test_dropout_acts_in_training_only(published, sequences):
-    model, packed = load_model(published("llama")[0]), pack(sequences)
-    assert torch.equal(model(packed), model(packed))
-    model.train()
-    assert not torch.equal(model(packed), model(packed))
+def test_the_first_layers_are_recomputed_and_nothing_changes(published, sequences, family):
+    packed, results = pack(sequences), []
+    model = load_model(published(family)[0], head_dropout=0.0).train()
+    calls = []
+    for number, layer in enumerate(model.model.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, number=number: calls.append(number))
+    for recompute in range(len(model.model.layers) + 1):
+        calls.clear()
+        results.append(gradients_of(model(packed, recompute=recompute), model.parameters()))
+        assert sorted(calls) == sorted([*range(len(model.model.layers)), *range(recompute)])
+        torch.testing.assert_close(results[-1], results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

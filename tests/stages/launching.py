@@ -75,7 +75,7 @@ def launch_many(how: str, scripts: list[list[object]]) -> subprocess.CompletedPr
 
 
 def stage1(world: Path, output: Path, family: str = "gemma", **flags: object) -> list[object]:
-    """Arguments of a stage 1 run of 20 steps on the small world, dropout off."""
+    """Arguments of a stage 1 run of 20 steps on the small world, much dropout."""
     values = {
         "checkpoint": world / family,
         "votes": world / "votes.parquet",
@@ -84,7 +84,7 @@ def stage1(world: Path, output: Path, family: str = "gemma", **flags: object) ->
         "tracker": "none",
         "conversation-tokens": 128,
         "comparisons-per-step": 6,
-        "head-dropout": 0,
+        "head-dropout": 0.3,
         "lr": 3e-3,
         **flags,
     }

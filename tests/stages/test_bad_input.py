@@ -389,7 +389,7 @@ def no_file_beyond(num_bytes):
 )
 def test_a_disk_that_fills_up_while_training(world, teacher, tmp_path, num_bytes, is_tokenised, expected):
     """Whatever file it hits; with space again the same command ends where it would have without."""
-    words = list(stage1(world, tmp_path, "--head-dropout", 0))
+    words = list(stage1(world, tmp_path))
     words[words.index("--comparisons-per-step") + 1] = 3  # many lines of metrics
     if is_tokenised:
         call(*words, "--dry-run")
