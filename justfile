@@ -76,7 +76,7 @@ prep *args: setup
 leaks *args: setup
     @{{python}} data_prep/leak_check.py "$@"
 
-# Benchmarks, ours beside what one would pick instead: data, padding
+# Benchmarks, ours beside what one would pick instead: data, padding; on a GPU train MODEL, attention, ops
 [no-exit-message]
 bench name *args: setup
     @{{python}} "benchmarks/$1.py" "${@:2}"
