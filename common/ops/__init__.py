@@ -11,12 +11,12 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 
 from common.ops.attention import attention
-from common.ops.backend import Asked, Backend
+from common.ops.backend import Asked, Backend, Function, compiled
 from common.ops.flash_attention import attention_flash, attention_varlen, flash_refuses, varlen_refuses
 from common.ops.flex_attention import attention_flex, flex_refuses
 from common.ops.gated_activation import gated_activation
@@ -24,7 +24,6 @@ from common.ops.rms_norm import rms_norm
 from common.ops.rotary import rotary
 
 Compile = Literal["auto", "on", "off"]
-Function = TypeVar("Function", bound=Callable)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +45,7 @@ class Ops:
 
     def fuse(self, function: Function) -> Function:
         """`function`, compiled once for all lengths where this is on."""
-        return torch.compile(function, dynamic=True, fullgraph=True) if self.compiles else function
+        return compiled(function) if self.compiles else function
 
 
 BACKENDS: dict[str, dict[str, Backend]] = {  # the fastest first, the definition last

@@ -1,9 +1,13 @@
-"""What a model asks of its ops, and what a backend answers."""
+"""What a model asks of its ops, what a backend answers, and how what is compiled is compiled."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+MANY_MODELS = 64
+"""Compilations of one function in a process: a few for each model, and an ensemble may be large."""
+Function = TypeVar("Function", bound=Callable)
 
 
 class Asked(NamedTuple):
@@ -27,3 +31,10 @@ class Backend(NamedTuple):
     """Has the signature of the op's definition."""
     refuses: Callable[[Asked], str | None] = lambda asked: None
     """Why it cannot compute what is asked, in words; None where it can."""
+
+
+def compiled(function: Function) -> Function:
+    """`function` compiled at its first call, for all lengths; it fails where not all of it can be."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, MANY_MODELS)
+    return torch.compile(function, dynamic=True, fullgraph=True)

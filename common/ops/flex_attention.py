@@ -13,7 +13,7 @@ import functools
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from common.ops.backend import Asked
+from common.ops.backend import Asked, compiled
 
 BLOCK = 128
 """Queries, and keys, of a block of the mask: FlexAttention's own default."""
@@ -44,8 +44,7 @@ def attention_flex(
 
 @functools.cache
 def _compiled():
-    """Without fullgraph, a failed compilation would fall back to a score matrix over all tokens."""
-    return torch.compile(_attend, dynamic=True, fullgraph=True)
+    return compiled(_attend)
 
 
 def _attend(q_TNH, k_TKH, v_TKH, mask, scale, softcap):

@@ -19,8 +19,8 @@ WIDTHS = {"head 256": (16, 8, 256), "head 128": (32, 8, 128)}
 RAGGED = [1, 700, 129, 3, 512, 1024, 77]
 CASES = {  # name -> (query lengths, key lengths, windows)
     "ragged": (RAGGED, RAGGED, [None, 100]),
-    "last tokens": ([1] * len(RAGGED), RAGGED, [None, 100]),
-    "suffixes": ([1, 200, 129, 2, 1, 700, 13], RAGGED, [None, 100]),
+    "last tokens": ([1] * 8 * len(RAGGED), RAGGED * 8, [None, 100]),
+    "suffixes": ([1, 200, 129, 2, 1, 700, 13] * 4, RAGGED * 4, [None, 100]),
     "long": ([8192, 300], [8192, 300], [None, 4095, 4096, 4097]),
 }
 PARTS = ("output", "dq", "dk", "dv")
@@ -35,26 +35,25 @@ SCORES = {"far above the cap": 150.0, "sharp": 4.0}
 fault of the window, would drown; sharp scores show it."""
 
 
-def options_of(lengths_q, lengths_k, softcap, window, head_dim, scores=SCORES["sharp"]):
+def options_of(lengths_q, lengths_k, softcap, window, head_dim):
     return {
         "cu_seqlens_q": boundaries(lengths_q),
         "cu_seqlens_k": boundaries(lengths_k),
         "max_seqlen_q": max(lengths_q),
         "max_seqlen_k": max(lengths_k),
-        "scale": scores * head_dim**-0.5,
+        "scale": head_dim**-0.5,
         "softcap": softcap,
         "window": window,
     }
 
 
-def draw(lengths_q, lengths_k, width):
+def draw(lengths_q, lengths_k, width, scores=SCORES["sharp"]):
     num_heads, num_key_value_heads, head_dim = width
     generator = torch.Generator("cuda").manual_seed(0)
     shapes = [(sum(lengths_q), num_heads), *[(sum(lengths_k), num_key_value_heads)] * 2]
     shapes.append(shapes[0])  # the direction of the gradients
-    return [
-        torch.randn(*s, head_dim, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes
-    ]
+    q, *others = (torch.randn(*shape, head_dim, generator=generator, device="cuda") for shape in shapes)
+    return [x.bfloat16() for x in (scores * q, *others)]
 
 
 def compute(function, tensors, options, dtype=torch.bfloat16):
@@ -105,9 +104,9 @@ def test_error_is_at_most_twice_that_of_plain_bf16_and_faults_exceed_it(
     function, refuses = BACKENDS["attention"][backend]
     if reason := refuses(Asked(torch.device("cuda"), torch.bfloat16, head_dim, softcap, windows[-1], True)):
         pytest.skip(f"{backend} {reason}")
-    tensors = draw(lengths_q, lengths_k, WIDTHS[width])
+    tensors = draw(lengths_q, lengths_k, WIDTHS[width], SCORES[scores])
     for window in windows:
-        options = options_of(lengths_q, lengths_k, softcap, window, head_dim, SCORES[scores])
+        options = options_of(lengths_q, lengths_k, softcap, window, head_dim)
         truth = compute(attention, tensors, options, torch.float32)
         plain = errors(compute(attention, tensors, options), truth)
         found = errors(compute(function, tensors, options), truth)
