@@ -16,7 +16,7 @@ from common.models.head import PreferenceHead
 from common.runs import Run
 from common.tokens import Sequences
 from common.train.launch import is_fsdp
-from common.train.memory import find_budget
+from common.train.memory import clear_out_of_memory, find_budget, ways_out
 from common.train.optim import GradientSum, KahanOptimizer, learning_rate, soft_cross_entropy
 from common.train.recipe import Recipe, Training
 
@@ -89,19 +89,21 @@ def fit(
         model: Placed by `common.train.launch.place`.
 
     Raises:
-        ValueError: A loss or gradient is not finite; the comparisons are named, no weight is changed.
+        ValueError: A loss or gradient is not finite; the comparisons are named, no weight is changed. Or the
+            memory does not suffice; states that were saved stay.
     """
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     sharded = is_fsdp(accelerator)
-    gradients = GradientSum(model, accumulation=recipe.accumulation, is_replica=not sharded)
-    optimizer = KahanOptimizer(
-        model.named_parameters(),
-        name=recipe.optimizer,
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.eps,
-        weight_decay=recipe.weight_decay,
-        kahan_sum=recipe.kahan_sum,
-    )
+    with clear_out_of_memory(lambda: f"for gradient sums and optimiser states. {ways_out()}", device=device):
+        gradients = GradientSum(model, accumulation=recipe.accumulation, is_replica=not sharded)
+        optimizer = KahanOptimizer(
+            model.named_parameters(),
+            name=recipe.optimizer,
+            betas=(recipe.beta1, recipe.beta2),
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+            kahan_sum=recipe.kahan_sum,
+        )
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
     state |= {f"optimizer.{name}": tensor for name, tensor in optimizer.tensors().items()}
     first = max(run.saved_steps(), default=0)
@@ -126,7 +128,19 @@ def fit(
             pin_memory=device.type == "cuda",
         )
     )
-    with progress("training", len(steps), "steps", start=first) as advance:
+
+    def where() -> str:
+        lengths, num_layers = sequences.lengths[micro_batch].tolist(), len(model.model.layers)
+        saved = max(run.saved_steps(), default=0)
+        return (
+            f"in step {step + 1} on process {rank}, in a micro-batch of {sum(lengths):,} tokens (the longest "
+            f"sequence {max(lengths, default=1):,}, the budget {budget.tokens:,}) with {recompute} of "
+            f"{num_layers} layers recomputed. {ways_out(lengths, recompute, num_layers)}. "
+            + (f"The state after step {saved} is kept" if saved else "No state was saved yet")
+        )
+
+    bar = progress("training", len(steps), "steps", start=first)
+    with clear_out_of_memory(where, device=device), bar as advance:
         for step, (indices, plan) in enumerate(zip(steps[first:], plans, strict=True), start=first):
             began = time.perf_counter()
             # FSDP averages gradients over ranks; sums are wanted.
@@ -134,11 +148,11 @@ def fit(
             losses, rows = [], []
             torch.manual_seed(_seed(recipe.seed, step, len(sequences) + rank))  # stochastic rounding draws
             for micro_batch in plan:
+                recompute = budget.recompute(int(sequences.lengths[micro_batch].sum()))
                 packed = next(batches).to(device)
                 kept_SE = draw_kept(model.head, micro_batch, step=step, seed=recipe.seed)
                 if device.type == "cuda":
                     kept_SE = kept_SE.pin_memory().to(device, non_blocking=True)
-                recompute = budget.recompute(int(sequences.lengths[micro_batch].sum()))
                 logits_SC = model(packed, kept_SE=kept_SE, recompute=recompute)
                 loss_S = soft_cross_entropy(logits_SC, packed.labels_SC)
                 (loss_S.sum() * scale).backward()

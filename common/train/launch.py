@@ -48,6 +48,8 @@ def start(
             f"--tracker {tracker} is not installed here; installed: {installed}. "
             f"Install the package of {tracker}, or say --tracker none."
         )
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):  # the older name still counts
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # micro-batches differ in size
     accelerator = Accelerator(
         log_with=None if tracker == "none" else tracker,
         project_dir=tracker_folder,

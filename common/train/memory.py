@@ -49,20 +49,15 @@ class Memory(NamedTuple):
         share = layers / self.num_layers
         return tuple(k + (r - k) * share for k, r in zip(self.kept, self.recomputed, strict=True))
 
-    def peak(self, tokens: int, layers: int) -> float:
-        """Bytes of a micro-batch."""
-        constant, per_token = self.line(layers)
-        return constant + per_token * tokens
-
     def most_tokens(self, layers: int) -> int:
         """How many fit with so many layers recomputed; 0 where none do."""
         constant, per_token = self.line(layers)
         return max(0, int((self.room - constant) / per_token))
 
     def fewest_layers(self, tokens: int) -> int | None:
-        """How many must be recomputed for so many tokens to fit; None where that is not enough."""
+        """How many must be recomputed for so many tokens to fit; None where all are not enough."""
         numbers = range(self.num_layers + 1)
-        return next((layers for layers in numbers if self.peak(tokens, layers) <= self.room), None)
+        return next((layers for layers in numbers if tokens <= self.most_tokens(layers)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +103,19 @@ def choose_budget(
         may_keep_all = layers is None and not is_sharded
         tokens = max(memory.most_tokens(0), min(FEW_TOKENS, most)) if may_keep_all else most
         tokens = max(1, min(MAX_TOKENS, tokens))
-    if most < max(tokens, longest):
-        flag = "--conversation-tokens" if most < longest else "--max-tokens-per-micro-batch"
-        raise ValueError(
-            f"{max(tokens, longest):,} tokens in a micro-batch (the longest sequence has {longest:,}) need "
-            f"{gigabytes(memory.peak(max(tokens, longest), fullest))} with {fullest} of {memory.num_layers} "
-            f"layers recomputed, and {gigabytes(memory.room)} are free: {most:,} tokens fit. "
-            + ("Say --recompute auto, lower " if fullest < memory.num_layers else "Lower ")
-            + f"{flag}, take more GPUs, or shard the state over them (accelerate_configs/fsdp_*.yaml)"
-        )
+    auto = "Say --recompute auto, lower" if fullest < memory.num_layers else "Lower"
+    for what, count, flag in (
+        ("the longest sequence", longest, "--conversation-tokens"),
+        ("a micro-batch", tokens, "--max-tokens-per-micro-batch"),
+    ):
+        if count > most:
+            constant, per_token = memory.line(fullest)
+            raise ValueError(
+                f"{what} of {count:,} tokens takes {gigabytes(constant + per_token * count)} with {fullest} "
+                f"of {memory.num_layers} layers recomputed, but {gigabytes(memory.room)} are left for it, "
+                f"enough for {most:,}. {auto} {flag}, or share the memory of more GPUs "
+                "(accelerate_configs/fsdp_*.yaml)"
+            )
     return Budget(tokens=tokens, layers=layers, memory=memory)
 
 
@@ -130,7 +129,7 @@ def find_budget(
         longest: Tokens of the longest sequence.
 
     Raises:
-        ValueError: As of `choose_budget`.
+        ValueError: As of `choose_budget`, or the measuring itself runs out of memory.
     """
     num_layers = len(model.model.layers)
     asked = {"auto": None, "none": 0, "all": num_layers}.get(training.recompute, training.recompute)
@@ -143,7 +142,12 @@ def find_budget(
     elif tokens is not None and layers is not None:
         budget = Budget(tokens=tokens, layers=layers)
     else:
-        memory = measure(model, longest=longest, device=device)
+        what = (
+            f"before the first step, trying sequences of up to {longest:,} tokens. {ways_out()}; --recompute "
+            f"all with --max-tokens-per-micro-batch {longest}, which tries nothing"
+        )
+        with clear_out_of_memory(lambda: what, device=device):
+            memory = measure(model, longest=longest, device=device)
         budget = choose_budget(memory, tokens=tokens, layers=layers, longest=longest, is_sharded=is_sharded)
     ordinary, most = (budget.recompute(count) for count in (budget.tokens, longest))
     text = f"micro-batches of up to {budget.tokens:,} tokens, {ordinary} of {num_layers} layers recomputed"
@@ -217,12 +221,14 @@ def clear_out_of_memory(tell: Callable[[], str], *, device: torch.device) -> Ite
         raise ValueError(f"out of memory{usage} {tell()}") from error
 
 
-def ways_out(lengths: Sequence[int], layers: int, num_layers: int) -> str:
+def ways_out(lengths: Sequence[int] = (), layers: int = 0, num_layers: int = 0) -> str:
     """What to change where a micro-batch of such sequences and so many recomputed layers does not fit."""
     ways = [f"--max-tokens-per-micro-batch {sum(lengths) // 2}"] if len(lengths) > 1 else []
-    ways += [f"--recompute {num_layers if layers else (num_layers + 1) // 2}"] if layers < num_layers else []
-    ways += ["more GPUs", "--accumulation stochastic where the state itself is too large"]
-    return "change " + ", or ".join(ways)
+    if layers < num_layers:
+        ways.append(f"--recompute {num_layers if layers else (num_layers + 1) // 2}")
+    ways.append("more GPUs with their memory shared (accelerate_configs/fsdp_*.yaml)")
+    ways.append("--accumulation stochastic, if the state itself does not fit")
+    return f"Ways out: {'; '.join(ways)}"
 
 
 def gigabytes(count: float) -> str:

@@ -22,6 +22,7 @@ from common.score.predict import MAX_TOKENS, predict_orders
 from common.tokens import Sequences, orders_of, rendering_hash, tokenise
 from common.train.fit import num_never_taken, plan_steps
 from common.train.launch import is_fsdp, leave, on_first, place, start
+from common.train.memory import clear_out_of_memory, ways_out
 from common.train.recipe import Execution, Recipe, Training
 from common.trained import make_prompter
 
@@ -185,20 +186,22 @@ def load_and_place(
 ) -> nn.Module:
     """Weights on the first process (everywhere without FSDP), then placed; prints the surgery and the ops."""
     sharded = is_fsdp(accelerator)
-    model = models.load_model(
-        parent.name,
-        dtype=recipe.torch_dtype,
-        device="cpu" if sharded else accelerator.device,
-        ops=execution.ops,
-        compile=execution.compile,
-        sliding_window=None if recipe.sliding_window == "off" else "checkpoint",
-        head_seed=recipe.seed,
-        head_dropout=recipe.head_dropout,
-        materialise=accelerator.is_main_process or not sharded,
-    )
-    if accelerator.is_main_process:
-        say(f"{model.surgery}; ops: {model.ops}")
-    return place(model, accelerator, reduce_dtype=torch.float32 if recipe.reduce_dtype == "fp32" else None)
+    with clear_out_of_memory(lambda: f"for the weights. {ways_out()}", device=accelerator.device):
+        model = models.load_model(
+            parent.name,
+            dtype=recipe.torch_dtype,
+            device="cpu" if sharded else accelerator.device,
+            ops=execution.ops,
+            compile=execution.compile,
+            sliding_window=None if recipe.sliding_window == "off" else "checkpoint",
+            head_seed=recipe.seed,
+            head_dropout=recipe.head_dropout,
+            materialise=accelerator.is_main_process or not sharded,
+        )
+        if accelerator.is_main_process:
+            say(f"{model.surgery}; ops: {model.ops}")
+        reduce_dtype = torch.float32 if recipe.reduce_dtype == "fp32" else None
+        return place(model, accelerator, reduce_dtype=reduce_dtype)
 
 
 def begin(run: Run, sequences: Sequences, recipe: Recipe, accelerator: Accelerator) -> None:

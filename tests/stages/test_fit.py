@@ -1,9 +1,11 @@
 """The training loop as a whole script: the same numbers however it is cut, launched, or interrupted."""
 
 import os
+import re
 import shutil
 import subprocess
 import time
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -12,6 +14,8 @@ from calling import call
 from helpers import ROOT, read_losses
 from launching import command, launch, launch_many, stage1
 from safetensors.torch import load_file
+
+from common.models import PreferenceModel
 
 STEPS = 20
 
@@ -121,6 +125,44 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(world, trained, tmp_path):
     kill_thrice("1", arguments, tmp_path / "run")
     assert "continuing after step" in call("stage1", arguments[1:]).stdout
     assert_same_run(tmp_path / "run", trained("1", **flags))
+
+
+def test_out_of_memory_is_told_and_the_saved_state_kept(world, trained, tmp_path, monkeypatch):
+    failures, forward = [], PreferenceModel.forward
+
+    def fails_in_the_third_step(*arguments, **named):
+        if not failures and (tmp_path / "run" / "state" / "step-00000002").exists():
+            failures.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return forward(*arguments, **named)
+
+    monkeypatch.setattr(PreferenceModel, "forward", fails_in_the_third_step)
+    flags = {"max-tokens-per-micro-batch": 300, "recompute": 1, "dtype": "bf16"}
+    flags |= {"accumulation": "stochastic"}  # whose noise is drawn again
+    words = stage1(world, tmp_path / "run", **flags, **{"state-interval-steps": 2})[1:]
+    failed = call("stage1", words, check=False)
+    assert failed.status == 1 and not (tmp_path / "run" / "model.safetensors").exists()
+    expected = (
+        r"error: out of memory in step 3 on process 0, in a micro-batch of [\d,]+ tokens \(the longest "
+    )
+    expected += r"sequence \d+, the budget 300\) with 1 of 2 layers recomputed\. Ways out: "
+    expected += r"--max-tokens-per-micro-batch \d+; --recompute 2; .*\. The state after step 2 is kept"
+    assert re.search(expected, failed.stderr)
+    assert "continuing after step 2" in call("stage1", words).stdout
+    assert_same_run(tmp_path / "run", trained("1", **flags))
+
+
+@pytest.mark.parametrize(
+    ("maker", "told"),
+    [
+        ("common.models.load_model", "for the weights"),
+        ("common.train.fit.KahanOptimizer", "for gradient sums and optimiser states"),
+    ],
+)
+def test_out_of_memory_before_the_first_step(world, tmp_path, monkeypatch, maker, told):
+    monkeypatch.setattr(maker, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    failed = call("stage1", stage1(world, tmp_path / "run")[1:], check=False)
+    assert failed.status == 1 and f"error: out of memory {told}. Ways out: more GPUs" in failed.stderr
 
 
 def test_killed_shards_go_on_as_shards_and_as_a_whole(world, trained, tmp_path):
