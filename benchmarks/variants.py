@@ -29,7 +29,9 @@ from common.files import write_json
 from common.ops import Ops, choose
 
 Row = dict[str, object]
-WARM_UP_CALLS = 3
+WARM_UP_CALLS, LEAST_CALLS = 3, 5
+SECONDS = 0.2
+"""Of timed calls, at the least."""
 CACHE_BYTES = 2**28
 """More than the second-level cache of any GPU."""
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "liger-kernel", "transformer-engine")
@@ -190,7 +192,7 @@ def ops_or_absent(backend: str, *, compile: str = "auto", **asked: object) -> Op
         raise ImportError(error) from error
 
 
-def timed(work: Callable[[], object], device: str, *, least: int = 5, seconds: float = 0.2) -> Row:
+def timed(work: Callable[[], object], device: str) -> dict[str, float]:
     """Milliseconds of a call: median, min and max, after three calls that are not counted.
 
     On a GPU the caches are overwritten before each call, which also hides the launch of its first kernel.
@@ -199,7 +201,7 @@ def timed(work: Callable[[], object], device: str, *, least: int = 5, seconds: f
         work()
     found: list[float] = []
     scratch = torch.empty(0 if device == "cpu" else CACHE_BYTES, dtype=torch.uint8, device=device)
-    while len(found) < least or sum(found) < 1e3 * seconds:
+    while len(found) < LEAST_CALLS or sum(found) < 1e3 * SECONDS:
         if device == "cpu":
             began = time.perf_counter()
             work()
