@@ -15,7 +15,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
-WIDTHS = {"head 256": (16, 8, 256), "head 128": (32, 8, 128)}
+WIDTHS = {"head 256": (4, 2, 256), "head 128": (8, 2, 128)}
+"""Query heads, key/value heads, width."""
 RAGGED = [1, 700, 129, 3, 512, 1024, 77]
 CASES = {  # name -> (query lengths, key lengths, windows)
     "ragged": (RAGGED, RAGGED, [None, 100]),
