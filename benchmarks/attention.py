@@ -80,7 +80,7 @@ def row(name: str, heads: Heads, lengths: list[int], device: str) -> Row:
     compute = attend_padded if name == "sdpa" else None
     if compute is None:
         asked = {"device": device, "dtype": dtype, "head_dim": H, "softcap": softcap, "window": window}
-        compute = ops_or_absent(f"attention={name}", compile="off", **asked).attention
+        compute = ops_or_absent(f"attention={name}", **asked).attention
     torch.manual_seed(0)
     q, k, v, gradient = (torch.randn(sum(lengths), number, H, device=device) for number in (N, K, K, N))
     inputs = [x.to(dtype).requires_grad_() for x in (q * SCORE_STD, k, v)]
