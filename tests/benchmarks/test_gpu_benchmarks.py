@@ -172,7 +172,7 @@ if name == "broken":
     )
     monkeypatch.setattr(sys, "argv", [str(script), "--toy"])
     parser = variants.Parser("Tests.", ["broken", "good", "wrong"])
-    columns = {"case": "{case}", "number": "{number}", "ratio": "{ratio:.1f}"}
+    columns = {"case": "{case}", "number": "{number:.1f}", "ratio": "{ratio:.1f}"}
 
     def compare(row, base, rows):
         return {"ratio": row["number"] / base["number"]}
