@@ -94,7 +94,7 @@ class Ours(NamedTuple):
     max_tokens: int = 5_600
     backend: str = "auto"
     compile: str = "auto"
-    fuse: bool = True
+    fuse: bool | None = None
     recompute_all: bool = False
 
 

@@ -19,25 +19,6 @@ def args(**changes):
     return SimpleNamespace(**TOY | {"model": "gemma-2-9b"} | changes)
 
 
-@pytest.fixture
-def merged(monkeypatch):
-    """The interfaces of common/ that the scripts are written for, on top of those that are there."""
-
-    class Model(train.PreferenceModel):
-        def __init__(self, decoder, **options):
-            super().__init__(decoder, activation_checkpointing=False, **options)
-
-        def forward(self, packed, kept_SE=None, recompute=0):
-            for number, layer in enumerate(self.model.layers):
-                layer.activation_checkpointing = number < recompute
-            return super().forward(packed)
-
-    choose, GradientSum = variants.choose, train.GradientSum
-    monkeypatch.setattr(variants, "choose", lambda backend, compile, **asked: choose("torch", **asked))
-    monkeypatch.setattr(train, "GradientSum", lambda model, fuse, **options: GradientSum(model, **options))
-    monkeypatch.setattr(train, "PreferenceModel", Model)
-
-
 def complete(script, rows, *, ours, without=()):
     """Every column of every row has a number."""
     for row in rows:
@@ -47,7 +28,7 @@ def complete(script, rows, *, ours, without=()):
 
 
 @pytest.mark.parametrize("model", list(train.MODELS))
-def test_steps_of_all_ways_are_of_the_same_tokens_and_ours_agree(model, merged):
+def test_steps_of_all_ways_are_of_the_same_tokens_and_ours_agree(model):
     rows = {}
     for name in ("ours", "plain", "padded-sdpa", "matmuls"):
         found = list(train.measure(name, args(model=model)))
@@ -65,7 +46,7 @@ SPARSE = ("again", "GB", "warm", "loss", "norm")
 """Columns that do not exist for matmuls alone."""
 
 
-def test_a_micro_batch_that_is_left_out_shows_in_loss_and_norm(merged, monkeypatch):
+def test_a_micro_batch_that_is_left_out_shows_in_loss_and_norm(monkeypatch):
     whole = next(train.measure("ours", args()))
     steps = train.packed_steps
     monkeypatch.setattr(train, "packed_steps", lambda *a: [step[1:] for step in steps(*a)])
@@ -74,7 +55,7 @@ def test_a_micro_batch_that_is_left_out_shows_in_loss_and_norm(merged, monkeypat
         assert cut[what] != pytest.approx(whole[what], rel=1e-5)
 
 
-def test_memory_that_does_not_suffice_has_layers_recomputed_by_quarters(merged, monkeypatch):
+def test_memory_that_does_not_suffice_has_layers_recomputed_by_quarters(monkeypatch):
     tried = []
 
     def measure_steps(forward, *rest):
@@ -126,7 +107,7 @@ def test_arithmetic_of_attention():
     assert sum(lengths) == 16_384 and 10 < len(lengths) < 40 and min(lengths) > 0
 
 
-def test_padded_attention_is_attention(merged):
+def test_padded_attention_is_attention():
     """So that what is timed as the alternative computes the same; without softcap it can."""
     heads = attention.HEADS["8B"]._replace(window=5)
     row = attention.row("sdpa", heads, [7, 3, 12], "cpu")
@@ -138,7 +119,7 @@ def test_padded_attention_is_attention(merged):
     assert row["output_error"] > 1e-3 and row["gradient_error"] > 1e-3, "the scores reach the softcap"
 
 
-def test_rows_of_attention_and_ops_are_complete(merged, monkeypatch):
+def test_rows_of_attention_and_ops_are_complete(monkeypatch):
     rows = {}
     monkeypatch.setattr(attention, "HEADS", {"9B": attention.HEADS["9B"]})
     monkeypatch.setattr(variants, "SECONDS", 0)
