@@ -99,7 +99,7 @@ def elementwise_row(name: str, case: str, one: Case, device: str, dtype: torch.d
     else:
         head_dim = one.inputs[0].shape[-1]
         asked = {"device": device, "dtype": dtype, "head_dim": head_dim, "softcap": None, "window": None}
-        ops = ops_or_absent(f"{op}={name}", compile="off", **asked)
+        ops = ops_or_absent(f"{op}={name}", **asked)
         compute = partial(getattr(ops, op), **one.definition.keywords)
     inputs = [x.to(dtype).requires_grad_() for x in one.inputs]
     gradient = torch.randn_like(inputs[0])

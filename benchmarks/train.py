@@ -94,7 +94,7 @@ class Ours(NamedTuple):
     max_tokens: int = 5_600
     backend: str = "auto"
     compile: str = "auto"
-    fuse: bool = True
+    fuse: bool | None = None
     recompute_all: bool = False
 
 
@@ -218,13 +218,10 @@ def packed_steps(one: Setting, max_tokens: int) -> list[list[MicroBatch]]:
     for indices in cut([len(x) for x in ids], STEP_TOKENS // one.shrink):
         plan = plan_micro_batches([len(ids[i]) for i in indices], 1, max_tokens // one.shrink)[0]
         chosen = [[indices[j] for j in micro_batch] for micro_batch in plan]
-        packed = [pack([ids[i] for i in micro_batch]).to(one.device) for micro_batch in chosen]
-        found.append(
-            [
-                MicroBatch(p, labels(c, one.device), len(p.input_ids_T))
-                for p, c in zip(packed, chosen, strict=True)
-            ]
-        )
+        found.append([])
+        for micro_batch in chosen:
+            inputs = pack([ids[i] for i in micro_batch]).to(one.device)
+            found[-1].append(MicroBatch(inputs, labels(micro_batch, one.device), len(inputs.input_ids_T)))
     return found
 
 

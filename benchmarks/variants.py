@@ -45,12 +45,8 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         text = f"Comma-separated choice of variants; by default all: {', '.join(names)}. (optional)"
         add("--variants", metavar="NAMES", default=",".join(names), help=text)
-        add(
-            "--json",
-            metavar="PATH",
-            type=Path,
-            help="File to write with all rows and the machine. (optional)",
-        )
+        text = "File to write with all rows and the machine. (optional)"
+        add("--json", metavar="PATH", type=Path, help=text)
         text = "Seconds after which a variant is given up. (default: %(default)s)"
         add("--timeout", metavar="INT", type=int, default=150, help=text)
         text = "Seconds for all variants together. (default: %(default)s)"
@@ -134,7 +130,7 @@ def _line(row: Row, columns: dict[str, str]) -> str:
 def _cell(form: str, row: Row) -> str | None:
     try:
         return form.format(**row)
-    except KeyError:
+    except (KeyError, ValueError):  # not there, or text where a number is no number
         return None
 
 

@@ -19,25 +19,6 @@ def args(**changes):
     return SimpleNamespace(**TOY | {"model": "gemma-2-9b"} | changes)
 
 
-@pytest.fixture
-def merged(monkeypatch):
-    """The interfaces of common/ that the scripts are written for, on top of those that are there."""
-
-    class Model(train.PreferenceModel):
-        def __init__(self, decoder, **options):
-            super().__init__(decoder, activation_checkpointing=False, **options)
-
-        def forward(self, packed, kept_SE=None, recompute=0):
-            for number, layer in enumerate(self.model.layers):
-                layer.activation_checkpointing = number < recompute
-            return super().forward(packed)
-
-    choose, GradientSum = variants.choose, train.GradientSum
-    monkeypatch.setattr(variants, "choose", lambda backend, compile, **asked: choose("torch", **asked))
-    monkeypatch.setattr(train, "GradientSum", lambda model, fuse, **options: GradientSum(model, **options))
-    monkeypatch.setattr(train, "PreferenceModel", Model)
-
-
 def complete(script, rows, *, ours, without=()):
     """Every column of every row has a number."""
     for row in rows:
@@ -47,7 +28,7 @@ def complete(script, rows, *, ours, without=()):
 
 
 @pytest.mark.parametrize("model", list(train.MODELS))
-def test_steps_of_all_ways_are_of_the_same_tokens_and_ours_agree(model, merged):
+def test_steps_of_all_ways_are_of_the_same_tokens_and_ours_agree(model):
     rows = {}
     for name in ("ours", "plain", "padded-sdpa", "matmuls"):
         found = list(train.measure(name, args(model=model)))
@@ -65,7 +46,7 @@ SPARSE = ("again", "GB", "warm", "loss", "norm")
 """Columns that do not exist for matmuls alone."""
 
 
-def test_a_micro_batch_that_is_left_out_shows_in_loss_and_norm(merged, monkeypatch):
+def test_a_micro_batch_that_is_left_out_shows_in_loss_and_norm(monkeypatch):
     whole = next(train.measure("ours", args()))
     steps = train.packed_steps
     monkeypatch.setattr(train, "packed_steps", lambda *a: [step[1:] for step in steps(*a)])
@@ -74,7 +55,7 @@ def test_a_micro_batch_that_is_left_out_shows_in_loss_and_norm(merged, monkeypat
         assert cut[what] != pytest.approx(whole[what], rel=1e-5)
 
 
-def test_memory_that_does_not_suffice_has_layers_recomputed_by_quarters(merged, monkeypatch):
+def test_memory_that_does_not_suffice_has_layers_recomputed_by_quarters(monkeypatch):
     tried = []
 
     def measure_steps(forward, *rest):
@@ -126,16 +107,19 @@ def test_arithmetic_of_attention():
     assert sum(lengths) == 16_384 and 10 < len(lengths) < 40 and min(lengths) > 0
 
 
-def test_padded_attention_is_attention(merged):
+def test_padded_attention_is_attention():
     """So that what is timed as the alternative computes the same; without softcap it can."""
     heads = attention.HEADS["8B"]._replace(window=5)
     row = attention.row("sdpa", heads, [7, 3, 12], "cpu")
     assert row["output_error"] < 1e-5 and row["gradient_error"] < 1e-5
+    flops = 4 * 32 * 128 * attention.visible_pairs([7, 3, 12], 5)
+    assert row["forward_tflops"] * row["forward_ms"]["median"] == pytest.approx(flops / 1e9)
+    assert row["both_tflops"] * row["both_ms"]["median"] == pytest.approx(3.5 * flops / 1e9)
     row = attention.row("sdpa", heads._replace(softcap=50.0), [7, 3, 12], "cpu")
     assert row["output_error"] > 1e-3 and row["gradient_error"] > 1e-3, "the scores reach the softcap"
 
 
-def test_rows_of_attention_and_ops_are_complete(merged, monkeypatch):
+def test_rows_of_attention_and_ops_are_complete(monkeypatch):
     rows = {}
     monkeypatch.setattr(attention, "HEADS", {"9B": attention.HEADS["9B"]})
     monkeypatch.setattr(variants, "SECONDS", 0)
@@ -147,6 +131,9 @@ def test_rows_of_attention_and_ops_are_complete(merged, monkeypatch):
         rows[name] = [{"variant": name, **row} for row in ops.measure(name, args())]
         complete(ops, rows[name], ours=rows["torch"][0], without=("fwd ms", "error"))
         assert max(row["gradient_error"] for row in rows[name]) < 1e-6
+    for row, passes in zip(rows["torch"], (5, 5, 4, 8, 8), strict=False):
+        size = 44 * {"norm": 32, "rota": 2 * 16, "gate": 64}[row["case"][:4]] * 4 / 1e6
+        assert row["both_gb_s"] * row["both_ms"]["median"] == pytest.approx(passes * size)
     assert len(rows["torch"]) == 7 and len(rows["sums"]) == 2
     assert ops.gb_per_s(3e6, {"median": 1.0}) == 3
 
@@ -158,14 +145,15 @@ def test_a_variant_that_fails_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatc
 import sys
 name = sys.argv[-1]
 print("something else")
-print('{"case": "a", "number": %s, "machine": {"device": "a card"}}' % ("NaN" if name == "wrong" else 2))
+number = {"good": 2, "broken": 4, "wrong": "NaN"}[name]
+print('{"case": "a", "number": %s, "machine": {"device": "a card"}}' % number)
 if name == "broken":
     raise RuntimeError("an illegal access")
 """
     )
     monkeypatch.setattr(sys, "argv", [str(script), "--toy"])
-    parser = variants.Parser("Tests.", ["good", "broken", "wrong"])
-    columns = {"case": "{case}", "number": "{number}", "ratio": "{ratio:.1f}"}
+    parser = variants.Parser("Tests.", ["broken", "good", "wrong"])
+    columns = {"case": "{case}", "number": "{number:.1f}", "ratio": "{ratio:.1f}"}
 
     def compare(row, base, rows):
         return {"ratio": row["number"] / base["number"]}
@@ -177,11 +165,12 @@ if name == "broken":
 
     found = run()
     good = {"case": "a", "number": 2, "is_ours": True, "variant": "good", "ratio": 1.0}
-    assert found["machine"] == {"device": "a card"} and found["rows"][0] == good
+    assert found["machine"] == {"device": "a card"} and found["rows"][2] == good
+    assert found["rows"][0]["ratio"] == 2.0, "to the first of ours, wherever it stands"
     assert [row.get("error") for row in found["rows"]] == [
         None,
-        None,
         "status 1: RuntimeError: an illegal access",
+        None,
         "some numbers are not finite",
     ]
     assert "bench --toy on a card" in capsys.readouterr().out
@@ -192,7 +181,7 @@ if name == "broken":
     with pytest.raises(SystemExit):
         run("--variants", "good", "--timeout", "0")
     assert "no result within 0 s" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--variants has best; known are good, broken, wrong"):
+    with pytest.raises(ValueError, match="--variants has best; known are broken, good, wrong"):
         run("--variants", "best")
 
 
