@@ -6,7 +6,6 @@ import torch
 
 from common.models import PreferenceModel, find_checkpoint, load_model
 from common.models.families import read_config
-from common.ops import Compile
 from common.prompts import Prompter
 from common.tokenizer import DATE, load_tokenizer
 
@@ -75,7 +74,7 @@ def open_model(
     dtype: torch.dtype | None,
     device: torch.device | str,
     ops: str,
-    compile: Compile = "off",
+    compile: str = "off",
 ) -> PreferenceModel:
     """A trained checkpoint in evaluation mode; `dtype` None computes in fp32 on a CPU and bf16 elsewhere."""
     if dtype is None:
