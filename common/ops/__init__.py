@@ -22,6 +22,7 @@ from common.ops.flex_attention import attention_flex, flex_refuses
 from common.ops.gated_activation import gated_activation
 from common.ops.rms_norm import rms_norm
 from common.ops.rotary import rotary
+from common.ops.transformer_engine import rms_norm_te, rms_norm_te_refuses, rotary_te, rotary_te_refuses
 
 Compile = Literal["auto", "on", "off"]
 
@@ -55,8 +56,14 @@ BACKENDS: dict[str, dict[str, Backend]] = {  # the fastest first, the definition
         "flex": Backend(attention_flex, flex_refuses),
         "torch": Backend(attention),
     },
-    "rms_norm": {"torch": Backend(rms_norm)},
-    "rotary": {"torch": Backend(rotary)},
+    "rms_norm": {
+        "transformer_engine": Backend(rms_norm_te, rms_norm_te_refuses),
+        "torch": Backend(rms_norm),
+    },
+    "rotary": {
+        "transformer_engine": Backend(rotary_te, rotary_te_refuses),
+        "torch": Backend(rotary),
+    },
     "gated_activation": {"torch": Backend(gated_activation)},
 }
 

@@ -32,7 +32,10 @@ def test_every_op_has_its_definition_last_and_refuses_nothing():
 @pytest.mark.parametrize(
     ("backend", "message"),
     [
-        ("tritn", "no op has a backend 'tritn'; there are auto, flash, flex, torch, varlen"),
+        (
+            "tritn",
+            "no op has a backend 'tritn'; there are auto, flash, flex, torch, transformer_engine, varlen",
+        ),
         ("attention=tritn", "attention has no backend 'tritn'; it has auto, flash, varlen, flex, torch"),
         ("atention=torch", "'atention=torch' names the op 'atention'; the ops are attention, rms_norm,"),
         ("attention=torch,", "names the op ''; the ops are"),
@@ -173,12 +176,15 @@ class WrongGradient(torch.autograd.Function):
     ("compute", "reason"),
     [
         (ops.attention, None),
-        (changed(softcap=None), "computes something else on this machine: relative error of output"),
-        (changed(window=None), "relative error of output"),
-        (changed(window=8), "relative error of output"),
-        (joined, "relative error of output"),
-        (lambda q, k, v, **rest: ops.attention(q, k, WrongGradient.apply(v), **rest), "error of dv 0.5"),
-        (lambda q, k, v, **rest: ops.attention(q, k, v, **rest) * torch.nan, "error of output nan"),
+        (changed(softcap=None), "computes something else on this machine: relative error of the output"),
+        (changed(window=None), "relative error of the output"),
+        (changed(window=8), "relative error of the output"),
+        (joined, "relative error of the output"),
+        (
+            lambda q, k, v, **rest: ops.attention(q, k, WrongGradient.apply(v), **rest),
+            "error of gradient 3 0.5",
+        ),
+        (lambda q, k, v, **rest: ops.attention(q, k, v, **rest) * torch.nan, "error of the output nan"),
         (fails, "fails on this machine: RuntimeError: CUDA error: no kernel image is .* install a build for"),
     ],
 )
