@@ -214,7 +214,8 @@ def tell_build() -> Iterator[dict]:
     yield {"num_gpus": num_gpus, "failure": failure}
     from common.ops import choose
 
-    device = "cuda" if num_gpus else "cpu"  # what Gemma 2 9B asks for, the most that any recipe does
+    device = "cuda" if num_gpus and not failure else "cpu"
+    # What Gemma 2 9B asks for, the most that any recipe does.
     ops = choose(device=device, dtype=torch.bfloat16, head_dim=256, softcap=50.0, window=4096)
     yield {"backends": str(ops)}
 

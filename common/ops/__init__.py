@@ -96,7 +96,7 @@ def choose(
             compiled here.
     """
     device = torch.device(device)
-    reason = _cannot_compile(device)
+    reason = cannot_compile(device)
     if compile == "on" and reason:
         raise ValueError(f"compilation is asked for, but {reason}; or say off (--compile off)")
     compiles = compile == "on" or (compile == "auto" and device.type == "cuda" and reason is None)
@@ -136,7 +136,7 @@ def _choose(op: str, name: str, asked: Asked) -> str:
     return nearest
 
 
-def _cannot_compile(device: torch.device) -> str | None:
+def cannot_compile(device: torch.device) -> str | None:
     """What torch.compile lacks for this device, with the way to it; None where nothing."""
     compilers = ("CC", ("cc", "gcc", "clang")) if device.type == "cuda" else ("CXX", ("g++", "clang++"))
     if not any(map(shutil.which, (os.environ.get(compilers[0], ""), *compilers[1]))):

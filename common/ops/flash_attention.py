@@ -12,7 +12,6 @@ import inspect
 from collections.abc import Callable
 
 import torch
-from torch.nn.attention import varlen
 
 from common.ops.attention import attention
 from common.ops.backend import Asked
@@ -66,10 +65,12 @@ def attention_varlen(
     window: int | None = None,
 ) -> torch.Tensor:
     """As `common.ops.attention.attention` without softcap, by `torch.nn.attention.varlen`."""
+    from torch.nn.attention.varlen import varlen_attn  # here, for it imports the compiler
+
     assert softcap is None, softcap
     # Since 2.12 grouped queries have to be announced; before, they were computed without.
     grouped = {"enable_gqa": True} if "enable_gqa" in _varlen_parameters() else {}
-    return varlen.varlen_attn(
+    return varlen_attn(
         q_TNH,
         k_TKH,
         v_TKH,
@@ -85,7 +86,9 @@ def attention_varlen(
 
 @functools.cache
 def _varlen_parameters() -> frozenset[str]:
-    return frozenset(inspect.signature(varlen.varlen_attn).parameters)
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _window_size(window: int | None) -> tuple[int, int]:

@@ -9,11 +9,14 @@ head width, B blocks of queries, E blocks of keys.
 """
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from common.ops.backend import Asked, compiled
+
+if TYPE_CHECKING:  # it imports the compiler, which takes a second that most commands do not need
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 """Queries, and keys, of a block of the mask: FlexAttention's own default."""
@@ -48,6 +51,8 @@ def _compiled():
 
 
 def _attend(q_TNH, k_TKH, v_TKH, mask, scale, softcap):
+    from torch.nn.attention.flex_attention import flex_attention
+
     def capped(score, batch, head, query, key):
         return softcap * torch.tanh(score / softcap)
 
@@ -76,7 +81,7 @@ def visible_keys(
     return first_T if window is None else first_T.maximum(last_T - window + 1), last_T
 
 
-def block_mask(first_T: torch.Tensor, last_T: torch.Tensor, num_keys: int) -> BlockMask:
+def block_mask(first_T: torch.Tensor, last_T: torch.Tensor, num_keys: int) -> "BlockMask":
     """Which blocks of keys a block of queries sees in part or whole, from what its first and last query see.
 
     Args:
@@ -84,6 +89,8 @@ def block_mask(first_T: torch.Tensor, last_T: torch.Tensor, num_keys: int) -> Bl
         last_T: Last one.
         num_keys: Packed keys.
     """
+    from torch.nn.attention.flex_attention import BlockMask
+
     num_queries = len(first_T)
     start_B = torch.arange(0, num_queries, BLOCK, device=first_T.device)
     final_B = (start_B + BLOCK - 1).clamp(max=num_queries - 1)

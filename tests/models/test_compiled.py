@@ -7,11 +7,11 @@ import torch
 
 from common.batching import pack
 from common.models import load_model
-from common.ops import _cannot_compile
+from common.ops import cannot_compile
 from common.train.optim import GradientSum, soft_cross_entropy
 
 needs_compiler = pytest.mark.skipif(
-    _cannot_compile(torch.device("cpu")) is not None, reason=str(_cannot_compile(torch.device("cpu")))
+    cannot_compile(torch.device("cpu")) is not None, reason=str(cannot_compile(torch.device("cpu")))
 )
 
 

@@ -230,7 +230,7 @@ def test_instructions_that_cannot_be_read(world, tmp_path):
 
 def test_an_ops_backend_that_is_not_there(world, tmp_path):
     assert_refused(
-        stage1(world, tmp_path, "--ops", "te"), "no backend 'te' here", "torch", artifacts=tmp_path
+        stage1(world, tmp_path, "--ops", "te"), "no op has a backend 'te'", "torch", artifacts=tmp_path
     )
 
 

@@ -16,6 +16,7 @@ from launching import command, launch, launch_many, stage1
 from safetensors.torch import load_file
 
 from common.models import PreferenceModel
+from common.ops import cannot_compile
 
 STEPS = 20
 
@@ -50,7 +51,7 @@ def assert_same_losses(found, expected):
     assert losses == pytest.approx(reference, rel=1e-5)
 
 
-EXECUTION = ("max-tokens-per-micro-batch", "recompute")
+EXECUTION = ("max-tokens-per-micro-batch", "recompute", "compile")
 
 WAYS = [
     ("2", "gemma", {}),
@@ -58,6 +59,9 @@ WAYS = [
     ("1", "gemma", {"max-tokens-per-micro-batch": 1, "recompute": 1}),
     ("2", "gemma", {"max-tokens-per-micro-batch": 300}),
     ("fsdp_27b.yaml:2", "gemma", {"max-tokens-per-micro-batch": 300, "recompute": "all"}),
+    ("1", "gemma", {"compile": "on"}),
+    ("1", "llama", {"compile": "on", "recompute": 1}),
+    ("fsdp_27b.yaml:2", "gemma", {"compile": "on"}),
     ("fsdp_9b.yaml:2", "gemma", {}),
     ("fsdp_27b_multinode.yaml:4", "gemma", {"max-tokens-per-micro-batch": 300}),
     ("ddp.yaml:2", "gemma", {}),
@@ -70,6 +74,8 @@ WAYS = [
 @pytest.mark.parametrize(("how", "family", "flags"), WAYS)
 def test_losses_do_not_depend_on_launch_or_micro_batches(trained, how, family, flags):
     """Every shipped accelerate configuration drives a connected run; fp32, with dropout, 20 steps."""
+    if "compile" in flags and (reason := cannot_compile(torch.device("cpu"))):
+        pytest.skip(reason)
     recipe = {name: value for name, value in flags.items() if name not in EXECUTION}
     reference = trained("1", family, **recipe)
     assert_same_losses(trained(how, family, **flags), reference)
