@@ -135,8 +135,8 @@ def find_budget(
     asked = {"auto": None, "none": 0, "all": num_layers}.get(training.recompute, training.recompute)
     layers = None if asked is None else min(asked, num_layers)
     tokens = None if training.max_tokens_per_micro_batch == "auto" else training.max_tokens_per_micro_batch
-    if getattr(model.ops, "compiles", False):
-        say("the first pass compiles the layers, which takes minutes; later starts find them compiled")
+    if model.ops.compiles:
+        say("the first pass compiles the layers, some 15 s; later runs find what it has made")
     if device.type != "cuda":
         budget = Budget(tokens=tokens or CPU_TOKENS, layers=layers or 0)
     elif tokens is not None and layers is not None:

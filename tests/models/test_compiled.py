@@ -16,10 +16,10 @@ needs_compiler = pytest.mark.skipif(
 
 
 def train(model, sequences, fuse):
-    """Losses and gradient sums of three micro-batches."""
+    """Losses and gradient sums of four micro-batches, one of them a single sequence."""
     sums = GradientSum(model, accumulation="fp32", is_replica=True, fuse=fuse)
     losses = []
-    for part in (sequences, sequences[3:], sequences[:3]):
+    for part in (sequences, sequences[3:], sequences[:1], sequences[:3]):
         packed = pack(part, labels=[[0.2, 0.5, 0.3]] * len(part))
         loss = soft_cross_entropy(model(packed), packed.labels_SC).sum()
         loss.backward()
@@ -51,3 +51,6 @@ def test_compiled_halves_change_nothing_and_are_compiled_once(published, sequenc
     found = train(compiled, sequences, fuse=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] == 2  # before and after the attention
+    packed = pack(sequences)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled.eval()(packed), plain.eval()(packed), rtol=1e-4, atol=1e-5)
