@@ -79,7 +79,8 @@ class GradientSum:
 
     def norm(self) -> torch.Tensor:
         """Global 2-norm of all gradients, a float32 scalar equal on every process."""
-        squares = sum(total.float().square().sum() for total in self.sums.values())
+        norms = (torch.linalg.vector_norm(total, dtype=torch.float32) for total in self.sums.values())
+        squares = sum(norm.square() for norm in norms)
         if not self.is_replica:
             dist.all_reduce(squares)
             squares /= self._replica_count()
