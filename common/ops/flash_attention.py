@@ -98,22 +98,26 @@ def _window_size(window: int | None) -> tuple[int, int]:
 
 def flash_refuses(asked: Asked) -> str | None:
     """Why flash-attn cannot compute what is asked, in words; None where it can."""
+    if reason := _card_refuses(asked):
+        return reason
     try:
         import flash_attn  # noqa: F401  (whether it loads is the question)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
             return "is not installed (just setup gpu)"
         return f"does not load: {first_line(error)}; it was built for another PyTorch: install it again"
-    return _card_refuses(asked) or _trial(attention_flash, asked)
+    return _trial(attention_flash, asked)
 
 
 def varlen_refuses(asked: Asked) -> str | None:
     """Why PyTorch's own FlashAttention cannot compute what is asked, in words; None where it can."""
     if asked.softcap is not None:
         return f"has no softcap, and {asked.softcap} is asked for"
+    if reason := _card_refuses(asked):
+        return reason
     if "window_size" not in _varlen_parameters():
         return f"needs PyTorch 2.11, this is {torch.__version__}"
-    return _card_refuses(asked) or _trial(attention_varlen, asked)
+    return _trial(attention_varlen, asked)
 
 
 def _card_refuses(asked: Asked) -> str | None:

@@ -5,7 +5,7 @@ GPU it is measured before the first step, with the weights, sums and optimiser s
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,7 +146,7 @@ def find_budget(
             f"before the first step, trying sequences of up to {longest:,} tokens. {ways_out()}; --recompute "
             f"all with --max-tokens-per-micro-batch {longest}, which tries nothing"
         )
-        with clear_out_of_memory(lambda: what, device=device):
+        with clear_out_of_memory(what, device=device):
             memory = measure(model, longest=longest, device=device)
         budget = choose_budget(memory, tokens=tokens, layers=layers, longest=longest, is_sharded=is_sharded)
     ordinary, most = (budget.recompute(count) for count in (budget.tokens, longest))
@@ -202,11 +202,11 @@ def _peak(model: PreferenceModel, tokens: int, layers: int, device: torch.device
 
 
 @contextmanager
-def clear_out_of_memory(tell: Callable[[], str], *, device: torch.device) -> Iterator[None]:
+def clear_out_of_memory(tell: str | Callable[[], str], *, device: torch.device) -> Iterator[None]:
     """Makes a user's mistake of PyTorch's error for too little memory.
 
     Args:
-        tell: Where it was and what to change, asked then.
+        tell: Where it was and what to change, or who can say it then.
 
     Raises:
         ValueError: PyTorch ran out of memory on a device.
@@ -218,7 +218,13 @@ def clear_out_of_memory(tell: Callable[[], str], *, device: torch.device) -> Ite
         if device.type == "cuda":
             peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
             usage = f" (at most {gigabytes(peak)} of {gigabytes(total)} were in use)"
-        raise ValueError(f"out of memory{usage} {tell()}") from error
+        raise ValueError(f"out of memory{usage} {tell() if callable(tell) else tell}") from error
+
+
+def clear_prediction(max_tokens: int, *, device: torch.device) -> AbstractContextManager:
+    """`clear_out_of_memory` where whole replicas predict in micro-batches of `max_tokens` tokens."""
+    tell = f"in micro-batches of up to {max_tokens:,} tokens. Lower --max-tokens-per-micro-batch"
+    return clear_out_of_memory(tell, device=device)
 
 
 def ways_out(lengths: Sequence[int] = (), layers: int = 0, num_layers: int = 0) -> str:
