@@ -218,11 +218,6 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
-def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """2-norm of the difference / 2-norm of the truth."""
-    return ((found.float() - truth.float()).norm() / truth.float().norm()).item()
-
-
 def peak_gb(work: Callable[[], object], device: str) -> float:
     """GB that a call takes at the most, on top of what was there; 0 on a CPU, where nobody counts."""
     if device == "cpu":

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from common.ops.attention import attention
-from common.ops.backend import Asked, Backend, Function, compiled
+from common.ops.backend import Asked, Backend, compiled
 from common.ops.flash_attention import attention_flash, attention_varlen, flash_refuses, varlen_refuses
 from common.ops.flex_attention import attention_flex, flex_refuses
 from common.ops.gated_activation import gated_activation
@@ -44,7 +44,7 @@ class Ops:
         chosen = ", ".join(f"{op} {backend}" for op, backend in self.backends)
         return chosen + ", compiled" * self.compiles
 
-    def fuse(self, function: Function) -> Function:
+    def fuse(self, function: Callable) -> Callable:
         """`function`, compiled once for all lengths where this is on."""
         return compiled(function) if self.compiles else function
 
@@ -56,14 +56,8 @@ BACKENDS: dict[str, dict[str, Backend]] = {  # the fastest first, the definition
         "flex": Backend(attention_flex, flex_refuses),
         "torch": Backend(attention),
     },
-    "rms_norm": {
-        "transformer_engine": Backend(rms_norm_te, rms_norm_te_refuses),
-        "torch": Backend(rms_norm),
-    },
-    "rotary": {
-        "transformer_engine": Backend(rotary_te, rotary_te_refuses),
-        "torch": Backend(rotary),
-    },
+    "rms_norm": {"transformer_engine": Backend(rms_norm_te, rms_norm_te_refuses), "torch": Backend(rms_norm)},
+    "rotary": {"transformer_engine": Backend(rotary_te, rotary_te_refuses), "torch": Backend(rotary)},
     "gated_activation": {"torch": Backend(gated_activation)},
 }
 

@@ -25,25 +25,19 @@ def attention_flash(
     k_TKH: torch.Tensor,
     v_TKH: torch.Tensor,
     *,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    **boundaries: torch.Tensor | int,
 ) -> torch.Tensor:
-    """As `common.ops.attention.attention`, by the package flash-attn."""
+    """As `common.ops.attention.attention`, by flash-attn, whose `boundaries` have the same names."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
         q_TNH,
         k_TKH,
         v_TKH,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        **boundaries,
         softmax_scale=scale,
         causal=True,
         softcap=softcap or 0.0,
@@ -127,8 +121,7 @@ def _card_refuses(asked: Asked) -> str | None:
         return f"computes in bf16 and fp16, {asked.dtype} is asked for"
     if asked.head_dim > MAX_HEAD_DIM or asked.head_dim % 8:
         return f"takes head widths up to {MAX_HEAD_DIM}, multiples of 8; {asked.head_dim} is asked for"
-    capability = torch.cuda.get_device_capability(asked.device)
-    if capability < (8, 0):
+    if (capability := torch.cuda.get_device_capability(asked.device)) < (8, 0):
         return "needs compute capability 8.0 (Ampere), this card has {}.{}".format(*capability)
     return None
 
