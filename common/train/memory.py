@@ -165,19 +165,16 @@ def measure(model: PreferenceModel, *, longest: int, device: torch.device) -> Me
     _peak(model, PROBES[0], 0, device)  # compiles, and makes what stays for good
     num_layers, lines = len(model.model.layers), []
     for layers, last in ((0, PROBES[1]), (num_layers, max(longest, PROBES[1]))):
-        sizes = (PROBES[0], last)
-        first_peak, last_peak = (_peak(model, size, layers, device) for size in sizes)
+        first_peak, last_peak = (_peak(model, size, layers, device) for size in (PROBES[0], last))
         per_token = max(1.0, (last_peak - first_peak) / (last - PROBES[0]))
         lines += [last_peak - per_token * last, per_token]
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    numbers = [free + unused - RESERVE, *(-x for x in lines)]
-    numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+    worse = torch.tensor([RESERVE - free - unused, *lines], dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(numbers, dist.ReduceOp.MIN)
-    room, *negative = numbers.tolist()
-    constant, per_token, its_constant, its_per_token = (-x for x in negative)
-    return Memory(room, (constant, per_token), (its_constant, its_per_token), num_layers)
+        dist.all_reduce(worse, dist.ReduceOp.MAX)
+    lack, *lines = worse.tolist()
+    return Memory(-lack, tuple(lines[:2]), tuple(lines[2:]), num_layers)
 
 
 def _peak(model: PreferenceModel, tokens: int, layers: int, device: torch.device) -> int:

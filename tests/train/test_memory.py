@@ -213,8 +213,8 @@ def test_lines_are_read_off_the_passes(model, monkeypatch):
 
     def another_rank(numbers, op):
         """It has more room, and more to keep."""
-        assert op == memory.dist.ReduceOp.MIN
-        numbers.copy_(numbers.minimum(torch.tensor([40.0 * GB, -5e6, -6e4, -1e6, -1e3], dtype=numbers.dtype)))
+        assert op == memory.dist.ReduceOp.MAX
+        numbers.copy_(numbers.maximum(torch.tensor([-40.0 * GB, 5e6, 6e4, 1e6, 1e3], dtype=numbers.dtype)))
 
     monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(memory.dist, "all_reduce", another_rank)
