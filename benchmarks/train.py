@@ -429,9 +429,7 @@ COLUMNS = {
 if __name__ == "__main__":
     parser = Parser(__doc__.splitlines()[0], list(dict.fromkeys(["matmuls", "ours", *THEIRS, *OURS])))
     parser.add_argument("model", choices=MODELS, help="Which sizes. (required)")
-    text = "Decoder layers; by default all, or as many as the card holds. (optional)"
-    parser.add_argument("--layers", metavar="INT", type=int, help=text)
-    text = "Seconds of timed steps a variant, at least two steps. (default: %(default)s)"
-    parser.add_argument("--seconds", metavar="INT", type=int, default=16, help=text)
+    parser.flag("--layers", int, None, "Decoder layers; by default as many as the card holds. (optional)")
+    parser.flag("--seconds", int, 16, "Seconds of timed steps, at least two steps. (default: %(default)s)")
     with clear_errors():
         run(parser.parse_args(), OURS, measure, COLUMNS, compare)

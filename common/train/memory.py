@@ -33,7 +33,8 @@ class Memory(NamedTuple):
 
     The peak of a micro-batch is a straight line of its tokens, without recomputation and with all decoder
     layers recomputed; in the number of recomputed layers it is taken as linear between, a little above what
-    it is. (Scores that an attention keeps as a matrix grow faster: only the definition does that.)
+    it is. (Scores that an attention keeps as a matrix grow faster: only the definition does that, and is
+    recomputed unless the user says otherwise.)
     """
 
     room: float
@@ -133,6 +134,8 @@ def find_budget(
     """
     num_layers = len(model.model.layers)
     asked = {"auto": None, "none": 0, "all": num_layers}.get(training.recompute, training.recompute)
+    if asked is None and device.type == "cuda" and ("attention", "torch") in model.ops.backends:
+        asked = num_layers  # the definition keeps a matrix of scores, which grows faster than is foreseen
     layers = None if asked is None else min(asked, num_layers)
     tokens = None if training.max_tokens_per_micro_batch == "auto" else training.max_tokens_per_micro_batch
     if model.ops.compiles:
