@@ -54,7 +54,7 @@ class Case(NamedTuple):
 
 
 def elementwise_cases(sizes: Sizes, device: str) -> dict[str, Case]:
-    """The ops that are not attention. Example: a norm reads x, writes y; then reads x and dy, writes dx: 5."""
+    """The ops that are not attention. A norm reads x, writes y; then reads x and dy, writes dx: 5 passes."""
     T, D, N, H, width, *_ = sizes
     make = partial(torch.randn, device=device)
     cos_TR, sin_TR = rotary_tables(torch.arange(T, device=device), theta=1e4, head_dim=H)
