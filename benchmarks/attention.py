@@ -11,7 +11,7 @@ padded to the longest, a mask, no softcap.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from torch import nn
 
 from common.console import clear_errors
 from common.ops.attention import attention
-from variants import Parser, Row, attempt, ops_or_absent, peak_gb, relative_error, run, timed
+from common.ops.trial import errors
+from variants import Parser, Row, attempt, ops_or_absent, peak_gb, run, timed
 
 BACKENDS = ("flash", "varlen", "flex", "torch")
 SCORE_STD = 10.0
@@ -88,25 +89,21 @@ def row(name: str, heads: Heads, lengths: list[int], device: str) -> Row:
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     options |= {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
     options |= {"max_seqlen_q": max(lengths), "max_seqlen_k": max(lengths)}
+    output_error, *gradient_errors = errors(compute, attention, inputs, **options)
 
-    def passes(compute: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        out = compute(*inputs, **options)
-        return [out.detach(), *torch.autograd.grad(out, inputs, gradient.to(out.dtype))]
+    def passes():
+        return torch.autograd.grad(compute(*inputs, **options), inputs, gradient)
 
-    truths = passes(attention, [x.detach().float().requires_grad_() for x in inputs])
-    errors = [relative_error(x, y) for x, y in zip(passes(compute, inputs), truths, strict=True)]
-    del truths
     flops = 4 * N * H * visible_pairs(lengths, window)
-    forward = timed(lambda: compute(*inputs, **options), device)
-    both = timed(lambda: passes(compute, inputs), device)
+    forward, both = timed(lambda: compute(*inputs, **options), device), timed(passes, device)
     return {
         "forward_ms": forward,
         "both_ms": both,
         "forward_tflops": flops / forward["median"] / 1e9,
         "both_tflops": 3.5 * flops / both["median"] / 1e9,
-        "peak_gb": peak_gb(lambda: passes(compute, inputs), device),
-        "output_error": errors[0],
-        "gradient_error": max(errors[1:]),
+        "peak_gb": peak_gb(passes, device),
+        "output_error": output_error,
+        "gradient_error": max(gradient_errors),
     }
 
 

@@ -20,7 +20,9 @@ from common.console import clear_errors
 from common.ops.gated_activation import gated_activation
 from common.ops.rms_norm import rms_norm
 from common.ops.rotary import rotary, rotary_tables
-from variants import Parser, Row, attempt, ops_or_absent, relative_error, run, timed
+from common.ops.trial import errors, relative_error
+from common.ops.weight_gradient import add_weight_gradient
+from variants import Parser, Row, attempt, ops_or_absent, run, timed
 
 OURS = ("compiled", "sums", "torch", "transformer_engine")
 EPS = 1e-6
@@ -47,22 +49,22 @@ class Case(NamedTuple):
     definition: partial
     inputs: tuple[torch.Tensor, ...]
     """Those that get a gradient, in fp32."""
-    passes: tuple[int, int]
-    """Tensors of the first input's size that must be read or written: forward, and with gradients."""
+    passes: int
+    """Tensors of the first input's size that must be read or written, with gradients."""
 
 
 def elementwise_cases(sizes: Sizes, device: str) -> dict[str, Case]:
-    """The ops that are not attention. Example: a norm reads x, writes y; then reads x and dy, writes dx."""
+    """The ops that are not attention. A norm reads x, writes y; then reads x and dy, writes dx: 5 passes."""
     T, D, N, H, width, *_ = sizes
     make = partial(torch.randn, device=device)
     cos_TR, sin_TR = rotary_tables(torch.arange(T, device=device), theta=1e4, head_dim=H)
     norm, gate = (make(T, D), 1 + 0.1 * make(D)), (make(T, width), make(T, width))
     return {
-        "norm, Gemma": Case(partial(rms_norm, eps=EPS, unit_offset=True), norm, (2, 5)),
-        "norm, Llama": Case(partial(rms_norm, eps=EPS, unit_offset=False), norm, (2, 5)),
-        "rotary": Case(partial(rotary, cos_TR=cos_TR, sin_TR=sin_TR), (make(T, N, H),), (2, 4)),
-        "gate, gelu": Case(partial(gated_activation, activation="gelu_tanh"), gate, (3, 8)),
-        "gate, silu": Case(partial(gated_activation, activation="silu"), gate, (3, 8)),
+        "norm, Gemma": Case(partial(rms_norm, eps=EPS, unit_offset=True), norm, 5),
+        "norm, Llama": Case(partial(rms_norm, eps=EPS, unit_offset=False), norm, 5),
+        "rotary": Case(partial(rotary, cos_TR=cos_TR, sin_TR=sin_TR), (make(T, N, H),), 4),
+        "gate, gelu": Case(partial(gated_activation, activation="gelu_tanh"), gate, 8),
+        "gate, silu": Case(partial(gated_activation, activation="silu"), gate, 8),
     }
 
 
@@ -102,26 +104,18 @@ def elementwise_row(name: str, case: str, one: Case, device: str, dtype: torch.d
         ops = ops_or_absent(f"{op}={name}", **asked)
         compute = partial(getattr(ops, op), **one.definition.keywords)
     inputs = [x.to(dtype).requires_grad_() for x in one.inputs]
+    # Liger turns its inputs in place, but only once the truth is there.
+    output_error, *gradient_errors = errors(compute, one.definition, inputs)
     gradient = torch.randn_like(inputs[0])
-
-    def passes(compute: Callable, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        out = compute(*inputs)
-        # Liger turns its inputs and gradients in place: the truth is computed from copies, before.
-        return [out.detach().clone(), *torch.autograd.grad(out, inputs, gradient.to(out.dtype, copy=True))]
-
-    truths = passes(one.definition, [x.detach().float().clone().requires_grad_() for x in inputs])
-    errors = [relative_error(x, y) for x, y in zip(passes(compute, inputs), truths, strict=True)]
     forward = timed(lambda: compute(*inputs), device)
     both = timed(lambda: torch.autograd.grad(compute(*inputs), inputs, gradient), device)
-    size = inputs[0].numel() * inputs[0].element_size()
-    rates = [gb_per_s(n * size, found) for n, found in zip(one.passes, (forward, both), strict=True)]
+    num_bytes = one.passes * inputs[0].numel() * inputs[0].element_size()
     return {
         "forward_ms": forward,
         "both_ms": both,
-        "forward_gb_s": rates[0],
-        "both_gb_s": rates[1],
-        "output_error": errors[0],
-        "gradient_error": max(errors[1:]),
+        "both_gb_s": gb_per_s(num_bytes, both),
+        "output_error": output_error,
+        "gradient_error": max(gradient_errors),
     }
 
 
@@ -129,12 +123,12 @@ def weight_sum_row(name: str, sizes: Sizes, device: str, dtype: torch.dtype) -> 
     """fp32 sum += gradient^T x, the weight gradient of a Linear."""
     make = partial(torch.randn, dtype=dtype, device=device)
     x_TD, gradient_TF = make(sizes.tokens, sizes.width), make(sizes.tokens, sizes.feed_forward)
-    wide = {} if dtype == torch.float32 else {"out_dtype": torch.float32}
 
     def add(total_FD: torch.Tensor) -> torch.Tensor:
         if name == "torch":
             return total_FD.add_(gradient_TF.t() @ x_TD)
-        return torch.addmm(total_FD, gradient_TF.t(), x_TD, out=total_FD, **wide)
+        add_weight_gradient(total_FD, gradient_TF, x_TD)
+        return total_FD
 
     truth = gradient_TF.t().float() @ x_TD.float()
     found = sum_row(add, truth, (x_TD.numel() + gradient_TF.numel()) * x_TD.element_size(), device)

@@ -30,6 +30,7 @@ import argparse
 import gc
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -48,35 +49,14 @@ from common.train.optim import GradientSum, KahanOptimizer, soft_cross_entropy
 from padding import padded_batches
 from variants import Parser, Row, attempt, ops_or_absent, run, spread, timed
 
+SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SHAPE += ("num_key_value_heads", "head_dim")
+GEMMA_2_9B = dict(zip(SHAPE, (256_000, 3584, 14_336, 42, 16, 8, 256), strict=True))
+LLAMA_3_8B = dict(zip(SHAPE, (128_256, 4096, 14_336, 32, 32, 8, 128), strict=True))
+ROTARY = {"rope_type": "default", "rope_theta": 500_000.0}
 MODELS = {
-    "gemma-2-9b": (
-        "gemma2",
-        {
-            "vocab_size": 256_000,
-            "hidden_size": 3584,
-            "intermediate_size": 14_336,
-            "num_hidden_layers": 42,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 256,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-        },
-    ),
-    "llama-3-8b": (
-        "llama",
-        {
-            "vocab_size": 128_256,
-            "hidden_size": 4096,
-            "intermediate_size": 14_336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-        },
-    ),
+    "gemma-2-9b": ("gemma2", {**GEMMA_2_9B, "query_pre_attn_scalar": 256, "sliding_window": 4096}),
+    "llama-3-8b": ("llama", {**LLAMA_3_8B, "rms_norm_eps": 1e-5, "rope_parameters": ROTARY}),
 }
 TOY = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
 TOY_SHRINK = 40
@@ -181,10 +161,7 @@ def matmul_shapes(sizes: dict) -> dict[tuple[int, int], int]:
     """(outputs, inputs) of a layer's matmuls -> how many there are."""
     D, F = sizes["hidden_size"], sizes["intermediate_size"]
     N, K = (sizes[name] * sizes["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
-    found: dict[tuple[int, int], int] = {}
-    for shape in ((N, D), (K, D), (K, D), (D, N), (F, D), (F, D), (D, F)):
-        found[shape] = found.get(shape, 0) + 1
-    return found
+    return Counter([(N, D), (K, D), (K, D), (D, N), (F, D), (F, D), (D, F)])
 
 
 def draw_sequences(one: Setting) -> list[torch.Tensor]:
@@ -216,10 +193,9 @@ def packed_steps(one: Setting, max_tokens: int) -> list[list[MicroBatch]]:
     """Micro-batches of each step, without padding; the sequences of a step depend on no budget."""
     ids, found = draw_sequences(one), []
     for indices in cut([len(x) for x in ids], STEP_TOKENS // one.shrink):
-        plan = plan_micro_batches([len(ids[i]) for i in indices], 1, max_tokens // one.shrink)[0]
-        chosen = [[indices[j] for j in micro_batch] for micro_batch in plan]
         found.append([])
-        for micro_batch in chosen:
+        for places in plan_micro_batches([len(ids[i]) for i in indices], 1, max_tokens // one.shrink)[0]:
+            micro_batch = [indices[place] for place in places]
             inputs = pack([ids[i] for i in micro_batch]).to(one.device)
             found[-1].append(MicroBatch(inputs, labels(micro_batch, one.device), len(inputs.input_ids_T)))
     return found
@@ -286,7 +262,10 @@ def our_row(one: Setting, way: Ours) -> Row:
 
 def their_row(one: Setting, way: Theirs) -> Row:
     """Steps with transformers' model, as a user would set it up."""
-    if way.attention != "sdpa":
+    allowed = way.attention
+    if way.attention == "sdpa":  # it has no softcap, so that transformers refuses to make a Gemma with it
+        allowed, one.config.attn_logit_softcapping = "eager", None
+    else:
         import liger_kernel.transformers
 
         patch = getattr(liger_kernel.transformers, f"apply_liger_kernel_to_{one.config.model_type}")
@@ -294,9 +273,6 @@ def their_row(one: Setting, way: Theirs) -> Row:
     torch.manual_seed(0)
     kind = AutoModel if way.is_packed else AutoModelForSequenceClassification
     with torch.device(one.device):
-        allowed = "eager" if way.attention == "sdpa" else way.attention
-        if way.attention == "sdpa":
-            one.config.attn_logit_softcapping = None  # it has none, so that transformers refuses Gemma
         model = kind.from_config(one.config, dtype=one.dtype, attn_implementation=allowed).train()
         score = nn.Linear(one.config.hidden_size, 3, dtype=one.dtype) if way.is_packed else None
     for module in model.modules():
@@ -421,11 +397,8 @@ def measure(name: str, args: argparse.Namespace) -> Iterator[Row]:
         for budget in sorted({way.max_tokens for way in (*OURS.values(), *THEIRS.values())}):
             yield {"budget": budget, **matmul_row(one, budget)}
     else:
-        way = OURS.get(name) or THEIRS[name]
-        yield {
-            "budget": way.max_tokens,
-            **attempt(lambda: (our_row if name in OURS else their_row)(one, way)),
-        }
+        way, row = (OURS[name], our_row) if name in OURS else (THEIRS[name], their_row)
+        yield {"budget": way.max_tokens, **attempt(partial(row, one, way))}
 
 
 def compare(row: Row, base: Row, rows: list[Row]) -> Row:
@@ -456,9 +429,7 @@ COLUMNS = {
 if __name__ == "__main__":
     parser = Parser(__doc__.splitlines()[0], list(dict.fromkeys(["matmuls", "ours", *THEIRS, *OURS])))
     parser.add_argument("model", choices=MODELS, help="Which sizes. (required)")
-    text = "Decoder layers; by default all, or as many as the card holds. (optional)"
-    parser.add_argument("--layers", metavar="INT", type=int, help=text)
-    text = "Seconds of timed steps a variant, at least two steps. (default: %(default)s)"
-    parser.add_argument("--seconds", metavar="INT", type=int, default=16, help=text)
+    parser.flag("--layers", int, None, "Decoder layers; by default as many as the card holds. (optional)")
+    parser.flag("--seconds", int, 16, "Seconds of timed steps, at least two steps. (default: %(default)s)")
     with clear_errors():
         run(parser.parse_args(), OURS, measure, COLUMNS, compare)

@@ -42,18 +42,19 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, names: Sequence[str]) -> None:
         super().__init__(description=description, allow_abbrev=False)
-        add = self.add_argument
-        text = f"Comma-separated choice of variants; by default all: {', '.join(names)}. (optional)"
-        add("--variants", metavar="NAMES", default=",".join(names), help=text)
-        text = "File to write with all rows and the machine. (optional)"
-        add("--json", metavar="PATH", type=Path, help=text)
-        text = "Seconds after which a variant is given up. (default: %(default)s)"
-        add("--timeout", metavar="INT", type=int, default=150, help=text)
-        text = "Seconds for all variants together. (default: %(default)s)"
-        add("--total-seconds", metavar="INT", type=int, default=460, help=text)
-        add("--toy", action="store_true", help="Toy sizes in fp32 on a CPU, to try the script. (optional)")
-        add("--alone", help=argparse.SUPPRESS)  # the one variant that this process measures
+        every = ",".join(names)
+        self.flag("--variants", str, every, "Those to measure, with commas between. (default: %(default)s)")
+        self.flag("--json", Path, None, "File to write with all rows and the machine. (optional)")
+        self.flag("--timeout", int, 150, "Seconds after which a variant is given up. (default: %(default)s)")
+        self.flag("--total-seconds", int, 460, "Seconds for all of them together. (default: %(default)s)")
+        text = "Toy sizes in fp32 on a CPU, to try the script. (optional)"
+        self.add_argument("--toy", action="store_true", help=text)
+        self.add_argument("--alone", help=argparse.SUPPRESS)  # the one variant that this process measures
         self.set_defaults(known=names)
+
+    def flag(self, name: str, kind: type, default: object, text: str) -> None:
+        """Adds a flag with one value."""
+        self.add_argument(name, metavar=kind.__name__.upper(), type=kind, default=default, help=text)
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists the flags")
@@ -83,15 +84,11 @@ def run(
     if not args.toy and not torch.cuda.is_available():
         raise ValueError("there is no GPU here; --toy tries the script on a CPU")
     if args.alone:
-        _measure_alone(measure, args)
+        rows = measure(args.alone, args)
+        while row := attempt(lambda: next(rows, {})):
+            print(json.dumps({**row, "machine": machine(args)}), flush=True)
     elif not _measure_all(args, ours, columns, compare):
         sys.exit(1)
-
-
-def _measure_alone(measure: Callable[[str, argparse.Namespace], Iterator[Row]], args) -> None:
-    rows = measure(args.alone, args)
-    while row := attempt(lambda: next(rows, {})):
-        print(json.dumps({**row, "machine": machine(args)}), flush=True)
 
 
 def _measure_all(args, ours, columns, compare) -> bool:
@@ -216,11 +213,6 @@ def timed(work: Callable[[], object], device: str) -> dict[str, float]:
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median, min and max."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
-    """2-norm of the difference / 2-norm of the truth."""
-    return ((found.float() - truth.float()).norm() / truth.float().norm()).item()
 
 
 def peak_gb(work: Callable[[], object], device: str) -> float:

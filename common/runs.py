@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # slow to import, and only training states need it
 # A single process saving alone is what is meant, not an oversight.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
+RETIRED = frozenset({"max_tokens_per_micro_batch", "activation_checkpointing"})
+"""In recipes of older runs, though they change no result: such a run is continued, or complete, as it is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -301,7 +304,7 @@ def _first_difference(
     """The first field of recipe or inputs (or other parts) that differs: its name and both values."""
     for part in parts:
         theirs, mine = stored.get(part, {}), ours[part]
-        for field in sorted({*theirs, *mine}):
+        for field in sorted({*theirs, *mine} - RETIRED):
             if theirs.get(field) != mine.get(field):
                 return f"{part}.{field}", theirs.get(field), mine.get(field)
     return None

@@ -34,8 +34,10 @@ from common.score.metrics import ENSEMBLE, FITTED, PRIOR
 from common.score.predict import MAX_TOKENS, predict_orders
 from common.tokens import tokenise
 from common.train.launch import leave, on_first, start
-from common.train.recipe import Execution, by_flags
-from common.trained import open_model, open_prompter
+from common.train.memory import clear_prediction
+from common.train.recipe import Execution, by_flags, check_least
+from common.train.steps import open_trained
+from common.trained import open_prompter
 
 NUM_SLICES = 4
 """A kind that has more is not shown; scores.json and the report have all."""
@@ -73,6 +75,7 @@ class Args:
     """Tokens per rank per micro-batch."""
 
     def __post_init__(self) -> None:
+        check_least(self, max_tokens_per_micro_batch=1)
         if not self.orders or len(set(self.orders)) < len(self.orders):
             raise ValueError(f"--orders is {self.orders}, expected one or both of {ORDERS}")
         if self.weights and (min(self.weights) < 0 or sum(self.weights) <= 0):
@@ -117,7 +120,8 @@ def main(args: Args) -> None:
     else:
         found = {name: {"given": values} for name, values in given.items()}
         for name, path in checkpoints.items():
-            found[name] = predict_checkpoint(path, frame, args, accelerator)
+            with clear_prediction(args.max_tokens_per_micro_batch, device=accelerator.device):
+                found[name] = predict_checkpoint(path, frame, args, accelerator)
         if accelerator.is_main_process:
             finish(run, frame.sort("source", "id"), found, checkpoint_prior(tuple(checkpoints.values())))
     if accelerator.is_main_process:
@@ -198,13 +202,7 @@ def predict_checkpoint(
     path: Path, frame: pl.DataFrame, args: Args, accelerator: Accelerator
 ) -> dict[str, np.ndarray]:
     """One checkpoint's probabilities by order, rows in the order of (source, id)."""
-    model = open_model(
-        str(path),
-        dtype=None,
-        device=accelerator.device,
-        ops=args.execution.ops,
-        compile=args.execution.compile,
-    )
+    model = open_trained(path, args.execution, accelerator)
     sequences = tokenise(
         frame,
         open_prompter(str(path), model.preference),

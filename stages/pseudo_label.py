@@ -25,8 +25,10 @@ from common.score.ensemble import group_columns, read_group
 from common.score.predict import MAX_TOKENS, average, predict_orders
 from common.tokens import tokenise
 from common.train.launch import leave, on_first, start
-from common.train.recipe import Execution, by_flags
-from common.trained import open_model, open_prompter
+from common.train.memory import clear_prediction
+from common.train.recipe import Execution, by_flags, check_least
+from common.train.steps import open_trained
+from common.trained import open_prompter
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,7 @@ class Args:
     def __post_init__(self) -> None:
         if not self.orders or len(set(self.orders)) < len(self.orders):
             raise ValueError(f"--orders is {self.orders}, expected one or both of {ORDERS}")
-        if self.comparisons_per_shard < 1:
-            raise ValueError(f"--comparisons-per-shard is {self.comparisons_per_shard}, expected at least 1")
+        check_least(self, comparisons_per_shard=1, max_tokens_per_micro_batch=1)
 
 
 def main(args: Args) -> None:
@@ -72,7 +73,8 @@ def main(args: Args) -> None:
     pool = load_comparisons(paths, artifacts=artifacts, skip_bad_rows=args.execution.skip_bad_rows)
     output = args.output or artifacts / "pseudo"
     for teacher in teachers:
-        label(teacher, pool, output / teacher.name, args, accelerator)
+        with clear_prediction(args.max_tokens_per_micro_batch, device=accelerator.device):
+            label(teacher, pool, output / teacher.name, args, accelerator)
     if args.merge and accelerator.is_main_process:
         merge([output / teacher.name / "probabilities.parquet" for teacher in teachers], output / "ensemble")
     leave(accelerator)
@@ -92,13 +94,7 @@ def label(teacher: Path, pool: pl.DataFrame, output: Path, args: Args, accelerat
     if run.is_complete:
         say(f"{output} is up to date")
         return
-    model = open_model(
-        str(teacher),
-        dtype=None,
-        device=accelerator.device,
-        ops=args.execution.ops,
-        compile=args.execution.compile,
-    )
+    model = open_trained(teacher, args.execution, accelerator)
     prompter = open_prompter(str(teacher), model.preference)
     if accelerator.is_main_process:
         run.begin()

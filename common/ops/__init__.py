@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from common.ops.attention import attention
-from common.ops.backend import Asked, Backend, Function, compiled
+from common.ops.backend import Asked, Backend, compiled
 from common.ops.flash_attention import attention_flash, attention_varlen, flash_refuses, varlen_refuses
 from common.ops.flex_attention import attention_flex, flex_refuses
 from common.ops.gated_activation import gated_activation
@@ -44,7 +44,7 @@ class Ops:
         chosen = ", ".join(f"{op} {backend}" for op, backend in self.backends)
         return chosen + ", compiled" * self.compiles
 
-    def fuse(self, function: Function) -> Function:
+    def fuse(self, function: Callable) -> Callable:
         """`function`, compiled once for all lengths where this is on."""
         return compiled(function) if self.compiles else function
 
@@ -56,14 +56,8 @@ BACKENDS: dict[str, dict[str, Backend]] = {  # the fastest first, the definition
         "flex": Backend(attention_flex, flex_refuses),
         "torch": Backend(attention),
     },
-    "rms_norm": {
-        "transformer_engine": Backend(rms_norm_te, rms_norm_te_refuses),
-        "torch": Backend(rms_norm),
-    },
-    "rotary": {
-        "transformer_engine": Backend(rotary_te, rotary_te_refuses),
-        "torch": Backend(rotary),
-    },
+    "rms_norm": {"transformer_engine": Backend(rms_norm_te, rms_norm_te_refuses), "torch": Backend(rms_norm)},
+    "rotary": {"transformer_engine": Backend(rotary_te, rotary_te_refuses), "torch": Backend(rotary)},
     "gated_activation": {"torch": Backend(gated_activation)},
 }
 
@@ -101,26 +95,26 @@ def choose(
         raise ValueError(f"compilation is asked for, but {reason}; or say off (--compile off)")
     compiles = compile == "on" or (compile == "auto" and device.type == "cuda" and reason is None)
     asked = Asked(device, dtype, head_dim, softcap, window, compiles)
-    wanted = _wanted(backend)
+    wanted = named_backends(backend)
     chosen = {op: _choose(op, wanted.get(op, "auto"), asked) for op in BACKENDS}
     computes = {op: BACKENDS[op][name].compute for op, name in chosen.items()}
     return Ops(**computes, backends=tuple(chosen.items()), compiles=compiles)
 
 
-def _wanted(backend: str) -> dict[str, str]:
-    """Op -> name of the backend that is asked for."""
+def named_backends(backend: str) -> dict[str, str]:
+    """Op -> name of the backend that is asked for, as of `choose`; ValueError where there is no such one."""
     if "=" not in backend:
         ops = [op for op in BACKENDS if backend in BACKENDS[op]]
         if not ops and backend != "auto":
             names = sorted({name for backends in BACKENDS.values() for name in backends})
-            raise ValueError(f"no op has a backend {backend!r}; there are auto, {', '.join(names)}")
+            raise ValueError(f"no op has a backend {backend!r} (--ops); there are auto, {', '.join(names)}")
         return dict.fromkeys(ops, backend)
     wanted = dict(pair.strip().partition("=")[::2] for pair in backend.split(","))
     for op, name in wanted.items():
         if op not in BACKENDS:
-            raise ValueError(f"{backend!r} names the op {op!r}; the ops are {', '.join(BACKENDS)}")
+            raise ValueError(f"--ops {backend} names the op {op!r}; the ops are {', '.join(BACKENDS)}")
         if name not in ("auto", *BACKENDS[op]):
-            raise ValueError(f"{op} has no backend {name!r}; it has auto, {', '.join(BACKENDS[op])}")
+            raise ValueError(f"{op} has no backend {name!r} (--ops); it has auto, {', '.join(BACKENDS[op])}")
     return wanted
 
 

@@ -1,13 +1,12 @@
 """What a model asks of its ops, what a backend answers, and how what is compiled is compiled."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
 MANY_MODELS = 64
 """Compilations of one function in a process: a few for each model, and an ensemble may be large."""
-Function = TypeVar("Function", bound=Callable)
 
 
 class Asked(NamedTuple):
@@ -33,7 +32,7 @@ class Backend(NamedTuple):
     """Why it cannot compute what is asked, in words; None where it can."""
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Callable) -> Callable:
     """`function` compiled at its first call, for all lengths; it fails where not all of it can be."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, MANY_MODELS)

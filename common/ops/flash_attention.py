@@ -25,25 +25,19 @@ def attention_flash(
     k_TKH: torch.Tensor,
     v_TKH: torch.Tensor,
     *,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    **boundaries: torch.Tensor | int,
 ) -> torch.Tensor:
-    """As `common.ops.attention.attention`, by the package flash-attn."""
+    """As `common.ops.attention.attention`, by flash-attn, whose `boundaries` have the same names."""
     from flash_attn import flash_attn_varlen_func
 
     return flash_attn_varlen_func(
         q_TNH,
         k_TKH,
         v_TKH,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
+        **boundaries,
         softmax_scale=scale,
         causal=True,
         softcap=softcap or 0.0,
@@ -98,22 +92,26 @@ def _window_size(window: int | None) -> tuple[int, int]:
 
 def flash_refuses(asked: Asked) -> str | None:
     """Why flash-attn cannot compute what is asked, in words; None where it can."""
+    if reason := _card_refuses(asked):
+        return reason
     try:
         import flash_attn  # noqa: F401  (whether it loads is the question)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "flash_attn":
             return "is not installed (just setup gpu)"
         return f"does not load: {first_line(error)}; it was built for another PyTorch: install it again"
-    return _card_refuses(asked) or _trial(attention_flash, asked)
+    return _trial(attention_flash, asked)
 
 
 def varlen_refuses(asked: Asked) -> str | None:
     """Why PyTorch's own FlashAttention cannot compute what is asked, in words; None where it can."""
     if asked.softcap is not None:
         return f"has no softcap, and {asked.softcap} is asked for"
+    if reason := _card_refuses(asked):
+        return reason
     if "window_size" not in _varlen_parameters():
         return f"needs PyTorch 2.11, this is {torch.__version__}"
-    return _card_refuses(asked) or _trial(attention_varlen, asked)
+    return _trial(attention_varlen, asked)
 
 
 def _card_refuses(asked: Asked) -> str | None:
@@ -123,8 +121,7 @@ def _card_refuses(asked: Asked) -> str | None:
         return f"computes in bf16 and fp16, {asked.dtype} is asked for"
     if asked.head_dim > MAX_HEAD_DIM or asked.head_dim % 8:
         return f"takes head widths up to {MAX_HEAD_DIM}, multiples of 8; {asked.head_dim} is asked for"
-    capability = torch.cuda.get_device_capability(asked.device)
-    if capability < (8, 0):
+    if (capability := torch.cuda.get_device_capability(asked.device)) < (8, 0):
         return "needs compute capability 8.0 (Ampere), this card has {}.{}".format(*capability)
     return None
 

@@ -39,9 +39,7 @@ def attention_flex(
     """As `common.ops.attention.attention`; compiled at the first call, for all lengths."""
     first_T, last_T = visible_keys(cu_seqlens_q, cu_seqlens_k, len(q_TNH), window)
     mask = block_mask(first_T, last_T, len(k_TKH))
-    with torch._dynamo.config.patch(
-        specialize_float=True
-    ):  # scale and softcap are constants, lengths are not
+    with torch._dynamo.config.patch(specialize_float=True):  # scale and softcap are constants
         return _compiled()(q_TNH, k_TKH, v_TKH, mask, scale, softcap)
 
 

@@ -76,9 +76,7 @@ def _refuses(asked: Asked) -> str | None:
     except ModuleNotFoundError as error:
         return f"is not installed ({error.name} is missing; just setup gpu)"
     except Exception as error:  # a build for another PyTorch or CUDA raises anything
-        return (
-            f"does not load: {first_line(error)}; it was built for another PyTorch or CUDA: install it again"
-        )
+        return f"does not load: {first_line(error)}; a build for another PyTorch or CUDA: install it again"
     return None
 
 
@@ -86,10 +84,8 @@ def _refuses(asked: Asked) -> str | None:
 def _trial_of_norm(asked: Asked) -> str | None:
     make = functools.partial(torch.randn, device=asked.device, dtype=asked.dtype)
     tensors = [make(40, 8 * asked.head_dim), make(8 * asked.head_dim)]
-    reasons = (
-        try_out(rms_norm_te, rms_norm, tensors, eps=1e-6, unit_offset=offset) for offset in (True, False)
-    )
-    return next((reason for reason in reasons if reason), None)
+    trial = functools.partial(try_out, rms_norm_te, rms_norm, tensors, eps=1e-6)
+    return trial(unit_offset=True) or trial(unit_offset=False)
 
 
 @functools.cache

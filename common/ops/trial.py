@@ -23,24 +23,39 @@ def try_out(
         options: Keyword arguments.
     """
     try:
-        found = _with_gradients(compute, tensors, options)
+        found = errors(compute, definition, tensors, **options)
     except Exception as error:  # CUDA and loading errors of any kind
         return f"fails on this machine: {first_line(error)}; install a build for this card and PyTorch"
-    expected = _with_gradients(definition, [tensor.float() for tensor in tensors], options)
-    for number, (ours, truth) in enumerate(zip(found, expected, strict=True)):
-        error = float((ours.float() - truth).norm() / truth.norm())
+    for number, error in enumerate(found):
         if not error < TOLERANCE:
             what = f"gradient {number}" if number else "the output"
             return f"computes something else on this machine: relative error of {what} {error:.2g}"
     return None
 
 
+def errors(
+    compute: Callable[..., torch.Tensor],
+    definition: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    **options: object,
+) -> list[float]:
+    """Relative errors of the output and of the gradient of each of `tensors`; as of `try_out`."""
+    truths = _with_gradients(definition, [tensor.float() for tensor in tensors], options)
+    found = _with_gradients(compute, tensors, options)
+    return [relative_error(ours, truth) for ours, truth in zip(found, truths, strict=True)]
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """2-norm of the difference / 2-norm of the truth, a float32 tensor."""
+    return float((found.float() - truth).norm() / truth.norm())
+
+
 def _with_gradients(compute, tensors, options):
     with torch.enable_grad():
         tensors = [tensor.detach().requires_grad_() for tensor in tensors]
         out = compute(*tensors, **options)
-        direction = torch.linspace(-1, 1, out.numel(), device=out.device).view(out.shape)
-        return out.detach(), *torch.autograd.grad(out, tensors, direction.to(out.dtype))
+        direction = torch.linspace(-1, 1, out.numel(), device=out.device).bfloat16()  # the same in any dtype
+        return out.detach(), *torch.autograd.grad(out, tensors, direction.view(out.shape).to(out.dtype))
 
 
 def first_line(error: BaseException) -> str:

@@ -94,7 +94,7 @@ def fit(
     """
     rank, world_size, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     sharded = is_fsdp(accelerator)
-    with clear_out_of_memory(lambda: f"for gradient sums and optimiser states. {ways_out()}", device=device):
+    with clear_out_of_memory(f"for gradient sums and optimiser states. {ways_out()}", device=device):
         gradients = GradientSum(model, accumulation=recipe.accumulation, is_replica=not sharded)
         optimizer = KahanOptimizer(
             model.named_parameters(),

@@ -5,7 +5,7 @@ GPU it is measured before the first step, with the weights, sums and optimiser s
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -33,7 +33,8 @@ class Memory(NamedTuple):
 
     The peak of a micro-batch is a straight line of its tokens, without recomputation and with all decoder
     layers recomputed; in the number of recomputed layers it is taken as linear between, a little above what
-    it is. (Scores that an attention keeps as a matrix grow faster: only the definition does that.)
+    it is. (Scores that an attention keeps as a matrix grow faster: only the definition does that, and is
+    recomputed unless the user says otherwise.)
     """
 
     room: float
@@ -133,6 +134,8 @@ def find_budget(
     """
     num_layers = len(model.model.layers)
     asked = {"auto": None, "none": 0, "all": num_layers}.get(training.recompute, training.recompute)
+    if asked is None and device.type == "cuda" and ("attention", "torch") in model.ops.backends:
+        asked = num_layers  # the definition keeps a matrix of scores, which grows faster than is foreseen
     layers = None if asked is None else min(asked, num_layers)
     tokens = None if training.max_tokens_per_micro_batch == "auto" else training.max_tokens_per_micro_batch
     if model.ops.compiles:
@@ -146,7 +149,7 @@ def find_budget(
             f"before the first step, trying sequences of up to {longest:,} tokens. {ways_out()}; --recompute "
             f"all with --max-tokens-per-micro-batch {longest}, which tries nothing"
         )
-        with clear_out_of_memory(lambda: what, device=device):
+        with clear_out_of_memory(what, device=device):
             memory = measure(model, longest=longest, device=device)
         budget = choose_budget(memory, tokens=tokens, layers=layers, longest=longest, is_sharded=is_sharded)
     ordinary, most = (budget.recompute(count) for count in (budget.tokens, longest))
@@ -165,19 +168,16 @@ def measure(model: PreferenceModel, *, longest: int, device: torch.device) -> Me
     _peak(model, PROBES[0], 0, device)  # compiles, and makes what stays for good
     num_layers, lines = len(model.model.layers), []
     for layers, last in ((0, PROBES[1]), (num_layers, max(longest, PROBES[1]))):
-        sizes = (PROBES[0], last)
-        first_peak, last_peak = (_peak(model, size, layers, device) for size in sizes)
+        first_peak, last_peak = (_peak(model, size, layers, device) for size in (PROBES[0], last))
         per_token = max(1.0, (last_peak - first_peak) / (last - PROBES[0]))
         lines += [last_peak - per_token * last, per_token]
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    numbers = [free + unused - RESERVE, *(-x for x in lines)]
-    numbers = torch.tensor(numbers, dtype=torch.float64, device=device)
+    worse = torch.tensor([RESERVE - free - unused, *lines], dtype=torch.float64, device=device)
     if dist.is_initialized():
-        dist.all_reduce(numbers, dist.ReduceOp.MIN)
-    room, *negative = numbers.tolist()
-    constant, per_token, its_constant, its_per_token = (-x for x in negative)
-    return Memory(room, (constant, per_token), (its_constant, its_per_token), num_layers)
+        dist.all_reduce(worse, dist.ReduceOp.MAX)
+    lack, *lines = worse.tolist()
+    return Memory(-lack, tuple(lines[:2]), tuple(lines[2:]), num_layers)
 
 
 def _peak(model: PreferenceModel, tokens: int, layers: int, device: torch.device) -> int:
@@ -202,11 +202,11 @@ def _peak(model: PreferenceModel, tokens: int, layers: int, device: torch.device
 
 
 @contextmanager
-def clear_out_of_memory(tell: Callable[[], str], *, device: torch.device) -> Iterator[None]:
+def clear_out_of_memory(tell: str | Callable[[], str], *, device: torch.device) -> Iterator[None]:
     """Makes a user's mistake of PyTorch's error for too little memory.
 
     Args:
-        tell: Where it was and what to change, asked then.
+        tell: Where it was and what to change, or who can say it then.
 
     Raises:
         ValueError: PyTorch ran out of memory on a device.
@@ -218,7 +218,13 @@ def clear_out_of_memory(tell: Callable[[], str], *, device: torch.device) -> Ite
         if device.type == "cuda":
             peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.mem_get_info(device)[1]
             usage = f" (at most {gigabytes(peak)} of {gigabytes(total)} were in use)"
-        raise ValueError(f"out of memory{usage} {tell()}") from error
+        raise ValueError(f"out of memory{usage} {tell() if callable(tell) else tell}") from error
+
+
+def clear_prediction(max_tokens: int, *, device: torch.device) -> AbstractContextManager:
+    """`clear_out_of_memory` where whole replicas predict in micro-batches of `max_tokens` tokens."""
+    tell = f"in micro-batches of up to {max_tokens:,} tokens. Lower --max-tokens-per-micro-batch"
+    return clear_out_of_memory(tell, device=device)
 
 
 def ways_out(lengths: Sequence[int] = (), layers: int = 0, num_layers: int = 0) -> str:

@@ -8,10 +8,17 @@ import torch
 import tyro
 
 from common.models.zoo import SIZES, ZOO
-from common.ops import Compile
+from common.ops import Compile, named_backends
 from common.prompts import Format
 from common.tokens import Swap
 from common.train.optim import Accumulation, OptimizerName
+
+
+def check_least(args: object, **least: int) -> None:
+    """ValueError where a number on the command line is below its least value; a word, as "auto", passes."""
+    for name, number in least.items():
+        if isinstance(value := getattr(args, name), int) and value < number:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {number}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +65,7 @@ class Recipe:
     """Seed of the head's initialisation, the shuffle and the dropout."""
 
     def __post_init__(self) -> None:
-        for name in ("conversation_tokens", "comparisons_per_step", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        check_least(self, conversation_tokens=1, comparisons_per_step=1, epochs=1)
         for name in ("beta1", "beta2", "head_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected 0 <= x < 1")
@@ -101,6 +106,9 @@ class Execution:
     skip_bad_rows: bool = False
     """Leave bad comparisons out, counted and written to a side file, instead of stopping."""
 
+    def __post_init__(self) -> None:
+        named_backends(self.ops)  # now, not when all is tokenised
+
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
@@ -124,14 +132,7 @@ class Training:
     """An Accelerate tracker by name, or "none"."""
 
     def __post_init__(self) -> None:
-        for name, least in (("recompute", 0), ("max_tokens_per_micro_batch", 1)):
-            if isinstance(value := getattr(self, name), int) and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
-        if self.state_interval_steps < 1 or self.keep_states < 1:
-            raise ValueError(
-                f"--state-interval-steps is {self.state_interval_steps}, --keep-states {self.keep_states}; "
-                "both need at least 1"
-            )
+        check_least(self, recompute=0, max_tokens_per_micro_batch=1, state_interval_steps=1, keep_states=1)
 
 
 def by_model(args_type: type, table: dict[str, Recipe]) -> object:

@@ -1,4 +1,4 @@
-"""What stages 1, 2 and 3 share, one small function an event, in the order in which a stage calls them."""
+"""What the stages share, one small function an event, in the order in which training calls them."""
 
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from common.train.fit import num_never_taken, plan_steps
 from common.train.launch import is_fsdp, leave, on_first, place, start
 from common.train.memory import clear_out_of_memory, ways_out
 from common.train.recipe import Execution, Recipe, Training
-from common.trained import make_prompter
+from common.trained import make_prompter, open_model
 
 NUM_LENGTH_BINS = 60
 """Of the histogram of sequence lengths in sequences.json."""
@@ -186,7 +186,7 @@ def load_and_place(
 ) -> nn.Module:
     """Weights on the first process (everywhere without FSDP), then placed; prints the surgery and the ops."""
     sharded = is_fsdp(accelerator)
-    with clear_out_of_memory(lambda: f"for the weights. {ways_out()}", device=accelerator.device):
+    with clear_out_of_memory(f"for the weights. {ways_out()}", device=accelerator.device):
         model = models.load_model(
             parent.name,
             dtype=recipe.torch_dtype,
@@ -202,6 +202,14 @@ def load_and_place(
             say(f"{model.surgery}; ops: {model.ops}")
         reduce_dtype = torch.float32 if recipe.reduce_dtype == "fp32" else None
         return place(model, accelerator, reduce_dtype=reduce_dtype)
+
+
+def open_trained(checkpoint: Path, execution: Execution, accelerator: Accelerator) -> models.PreferenceModel:
+    """A trained checkpoint, whole on every process, to predict with; prints the ops."""
+    how = {"ops": execution.ops, "compile": execution.compile}
+    model = open_model(str(checkpoint), dtype=None, device=accelerator.device, **how)
+    say(f"{checkpoint}; ops: {model.ops}")
+    return model
 
 
 def begin(run: Run, sequences: Sequences, recipe: Recipe, accelerator: Accelerator) -> None:
@@ -250,13 +258,15 @@ def score_held_out(
     held_out = unseen(held_out, trained_on)
     one_way = replace(recipe, formats=recipe.formats[:1], swap="none")
     sequences = tokenise_for(one_way, held_out, parent, execution, accelerator)
-    given = predict_orders(
-        model,
-        sequences,
-        max_tokens=MAX_TOKENS,
-        device=accelerator.device,
-        description="scoring the held-out fold",
-    )["given"]
+    tell = f"scoring what is held out; the last training state is kept. {ways_out()}"
+    with clear_out_of_memory(tell, device=accelerator.device):
+        given = predict_orders(
+            model,
+            sequences,
+            max_tokens=MAX_TOKENS,
+            device=accelerator.device,
+            description="scoring the held-out fold",
+        )["given"]
     labels = labels_array(sequences.frame)
     metrics = {**score(given, labels), "prior_log_loss": prior_log_loss(labels_array(train), labels)}
     if accelerator.is_main_process:

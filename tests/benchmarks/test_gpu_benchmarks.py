@@ -11,6 +11,7 @@ import attention
 import ops
 import train
 import variants
+from common.ops.trial import relative_error
 
 TOY = {"toy": True, "layers": None, "seconds": 0, "timeout": 60, "total_seconds": 60, "json": None}
 
@@ -211,7 +212,7 @@ def test_a_backend_that_is_not_here_is_absent(monkeypatch):
 def test_numbers_of_measurements(monkeypatch):
     monkeypatch.setattr(variants, "SECONDS", 0)
     assert variants.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
-    assert variants.relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
+    assert relative_error(torch.tensor([3.0, 5.0]), torch.tensor([3.0, 4.0])) == pytest.approx(0.2)
     calls = []
     found = variants.timed(lambda: calls.append(0), "cpu")
     assert len(calls) == 3 + 5 and found["min"] <= found["median"] <= found["max"]

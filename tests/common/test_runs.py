@@ -167,6 +167,12 @@ def test_another_recipe_is_refused_and_the_field_named(tmp_path):
         Run.open(tmp_path, recipe=RECIPE, inputs={"train": "other"})
 
 
+def test_a_run_of_old_whose_recipe_said_how_it_ran_is_continued(tmp_path):
+    open_run(tmp_path, max_tokens_per_micro_batch=16_384, activation_checkpointing=True).begin()
+    open_run(tmp_path).finish({})
+    assert open_run(tmp_path).is_complete
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match=r"holds files but no run\.json"):

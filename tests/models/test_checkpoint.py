@@ -223,5 +223,5 @@ def test_unsupported_configs(folder_of):
 
 
 def test_unknown_backend_fails_at_load(published):
-    with pytest.raises(ValueError, match=r"no op has a backend .cutlass.; there are auto, flash"):
+    with pytest.raises(ValueError, match=r"no op has a backend .cutlass. \(--ops\); there are auto, flash"):
         load_model(published("llama")[0], ops="cutlass")

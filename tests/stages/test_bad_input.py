@@ -171,8 +171,18 @@ def test_checkpoints_that_are_none_of_ours(world, teacher, tmp_path):
         (("stage1", "tiny-gemma", "--lr", "-1"), ("--lr is -1.0", "above 0")),
         (("stage1", "tiny-gemma", "--optimizer", "sgd"), ("sgd", "stable_adamw")),
         (("stage1", "tiny-gemma", "--accumulation", "stochastic"), ("--dtype bf16", "--accumulation fp32")),
-        (("stage1", "tiny-gemma", "--keep-states", "0"), ("--keep-states 0", "at least 1")),
+        (("stage1", "tiny-gemma", "--keep-states", "0"), ("--keep-states is 0", "at least 1")),
         (("pseudo_label", "--comparisons-per-shard", "0"), ("--comparisons-per-shard is 0", "at least 1")),
+        (("pseudo_label", "--max-tokens-per-micro-batch", "0"), ("micro-batch is 0", "at least 1")),
+        (("evaluate", "--max-tokens-per-micro-batch", "-5"), ("micro-batch is -5", "at least 1")),
+        (("evaluate", "--ops", "te"), ("no op has a backend 'te' (--ops); there are auto, flash, flex",)),
+        (
+            ("stage2", "tiny-gemma", "--ops", "attention=te"),
+            ("no backend 'te' (--ops)", "flex"),
+        ),
+        (("stage3", "tiny-gemma", "--ops", "te=torch"), ("--ops te=torch names the op 'te'", "rotary")),
+        (("stage1", "tiny-gemma", "--recompute", "-1"), ("--recompute is -1", "at least 0")),
+        (("stage1", "tiny-gemma", "--recompute", "some"), ("--recompute", "{auto,all,none}|INT")),
         (("pseudo_label", "--orders", "given", "given"), ("--orders is", "one or both")),
         (("evaluate", "--weights", "1", "-1"), ("--weights is (1.0, -1.0)", ">= 0")),
     ],
@@ -228,10 +238,22 @@ def test_instructions_that_cannot_be_read(world, tmp_path):
         assert_refused(words, "--instruction", r"instruction\.txt", expected)
 
 
-def test_an_ops_backend_that_is_not_there(world, tmp_path):
-    assert_refused(
-        stage1(world, tmp_path, "--ops", "te"), "no op has a backend 'te'", "torch", artifacts=tmp_path
-    )
+@needs_no_gpu
+def test_a_backend_that_cannot_compute_here(world, tmp_path):
+    words = stage1(world, tmp_path, "--ops", "flash")
+    assert_refused(words, "'flash' needs a GPU, the model is on cpu.* nearest .* 'torch'", artifacts=tmp_path)
+
+
+def test_memory_that_does_not_suffice_to_predict(world, teacher, tmp_path, monkeypatch):
+    error = mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr("common.score.predict.predict", error)
+    words = ("--comparisons", world / "pool.parquet", "--artifacts", tmp_path)
+    told = r"out of memory in micro-batches of up to 16,384 tokens\. Lower --max-tokens-per-micro-batch"
+    assert_refused(("evaluate", *words, "--checkpoints", teacher), told)
+    assert_refused(("pseudo_label", *words, "--teachers", teacher), told)
+    told = r"out of memory scoring what is held out; the last training state is kept\. Ways out"
+    assert_refused(stage1(world, tmp_path), told)
+    assert (tmp_path / "stage1/tiny-gemma/state").is_dir()
 
 
 # Tables

@@ -1,5 +1,6 @@
 """The budget of a step: what is made of measured numbers, and that the measuring leaves nothing behind."""
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -140,6 +141,7 @@ def test_a_gpu_is_measured_where_a_flag_leaves_something_open(model, capsys, mon
     measured = card(28)._replace(num_layers=2)
     monkeypatch.setattr(memory, "measure", lambda model, longest, device: measured)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 92_500_000_000)
+    monkeypatch.setattr(model, "ops", replace(model.ops, backends=(("attention", "flash"),)))
     find = partial(find_budget, model, longest=4_340, device=torch.device("cuda"), is_sharded=False)
     assert find(Training()) == Budget(tokens=4_000, layers=None, memory=measured)
     assert capsys.readouterr().out == (
@@ -150,6 +152,14 @@ def test_a_gpu_is_measured_where_a_flag_leaves_something_open(model, capsys, mon
     assert find(Training(recompute="all")) == Budget(tokens=16_384, layers=2, memory=measured)
     both = Training(recompute="none", max_tokens_per_micro_batch=9_000)
     assert find(both) == Budget(tokens=9_000, layers=0)
+
+
+def test_scores_kept_as_a_matrix_are_recomputed_unless_said_otherwise(model, monkeypatch):
+    """By the definition of attention, on a GPU, where they might not fit."""
+    monkeypatch.setattr(memory, "measure", lambda model, longest, device: card(200)._replace(num_layers=2))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    find = partial(find_budget, model, longest=4_340, device=torch.device("cuda"), is_sharded=False)
+    assert find(Training()).layers == 2 and find(Training(recompute="none")).layers == 0
 
 
 def test_measuring_may_run_out_of_memory(model, monkeypatch):
@@ -213,8 +223,8 @@ def test_lines_are_read_off_the_passes(model, monkeypatch):
 
     def another_rank(numbers, op):
         """It has more room, and more to keep."""
-        assert op == memory.dist.ReduceOp.MIN
-        numbers.copy_(numbers.minimum(torch.tensor([40.0 * GB, -5e6, -6e4, -1e6, -1e3], dtype=numbers.dtype)))
+        assert op == memory.dist.ReduceOp.MAX
+        numbers.copy_(numbers.maximum(torch.tensor([-40.0 * GB, 5e6, 6e4, 1e6, 1e3], dtype=numbers.dtype)))
 
     monkeypatch.setattr(memory.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(memory.dist, "all_reduce", another_rank)
