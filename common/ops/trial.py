@@ -28,7 +28,7 @@ def try_out(
         return f"fails on this machine: {first_line(error)}; install a build for this card and PyTorch"
     expected = _with_gradients(definition, [tensor.float() for tensor in tensors], options)
     for number, (ours, truth) in enumerate(zip(found, expected, strict=True)):
-        error = float((ours.float() - truth).norm() / truth.norm())
+        error = float((ours - truth).norm() / truth.norm())
         if not error < TOLERANCE:
             what = f"gradient {number}" if number else "the output"
             return f"computes something else on this machine: relative error of {what} {error:.2g}"
