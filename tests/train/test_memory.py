@@ -154,6 +154,9 @@ def test_a_gpu_is_measured_where_a_flag_leaves_something_open(model, capsys, mon
         "tokens); 92.5 GB of state on this GPU, 28.0 GB for activations\n"
     )
     assert find(Training(), is_sharded=True).tokens == 16_384
+    assert "longest" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the longest sequence of 90,000 tokens"):
+        find(Training(), longest=90_000)
     assert find(Training(max_tokens_per_micro_batch=600)).recompute(4_340) == 1
     assert find(Training(recompute="all")) == Budget(tokens=16_384, layers=2, memory=measured)
     both = Training(recompute="none", max_tokens_per_micro_batch=9_000)
