@@ -47,7 +47,7 @@ def errors(
 
 def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """2-norm of the difference / 2-norm of the truth, a float32 tensor."""
-    return float((found.float() - truth).norm() / truth.norm())
+    return float((found - truth).norm() / truth.norm())
 
 
 def _with_gradients(compute, tensors, options):

@@ -103,7 +103,7 @@ def choose_budget(
     if tokens is None:
         may_keep_all = layers is None and not is_sharded
         tokens = max(memory.most_tokens(0), min(FEW_TOKENS, most)) if may_keep_all else most
-        tokens = max(1, min(MAX_TOKENS, tokens))
+        tokens = min(MAX_TOKENS, tokens)
     auto = "Say --recompute auto, lower" if fullest < memory.num_layers else "Lower"
     for what, count, flag in (
         ("the longest sequence", longest, "--conversation-tokens"),

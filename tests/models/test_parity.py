@@ -1,6 +1,7 @@
 """Both families against transformers in float32: logits and every gradient; and that each feature bites."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -132,6 +133,22 @@ def test_pruned_last_layer_equals_the_whole_one(published, sequences, family, nu
     assert len(hidden_TD) == sum(map(len, sequences)) and rows["mlp"] == len(sequences)
     last_states = hidden_TD[packed.cu_seqlens[1:].long() - 1]
     torch.testing.assert_close(logits, whole.head(last_states), rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_told_the_longest_queries_and_keys(published, sequences):
+    """Kernels lay out their work by them; the definition does not look."""
+    model, longest = load_model(published("gemma2")[0]), []
+
+    def attention(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **options):
+        assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+        longest.append((max_seqlen_q, max_seqlen_k))
+        return q
+
+    for layer in model.model.layers:
+        layer.self_attn.ops = dataclasses.replace(model.ops, attention=attention)
+    model(pack(sequences))
+    longest_sequence = max(map(len, sequences))
+    assert longest == [*[(longest_sequence, longest_sequence)] * 2, (1, longest_sequence)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

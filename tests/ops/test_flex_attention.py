@@ -76,7 +76,7 @@ def test_output_equals_the_definition(lengths, window, softcap, monkeypatch):
         "cu_seqlens_k": boundaries(lengths[1]),
         "max_seqlen_q": max(lengths[0]),
         "max_seqlen_k": max(lengths[1]),
-        "scale": 0.25,
+        "scale": 0.3,  # not the default
         "softcap": softcap,
         "window": window,
     }

@@ -15,8 +15,11 @@ from helpers import ROOT, read_losses
 from launching import command, launch, launch_many, stage1
 from safetensors.torch import load_file
 
+from common.files import read_json
 from common.models import PreferenceModel
 from common.ops import cannot_compile
+from common.train.fit import draw_kept
+from common.train.memory import Budget, Memory
 
 STEPS = 20
 
@@ -169,6 +172,40 @@ def test_out_of_memory_before_the_first_step(world, tmp_path, monkeypatch, maker
     monkeypatch.setattr(maker, Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
     failed = call("stage1", stage1(world, tmp_path / "run")[1:], check=False)
     assert failed.status == 1 and f"error: out of memory {told}. Ways out: more GPUs" in failed.stderr
+
+
+def test_each_micro_batch_recomputes_what_it_needs_and_draws_its_dropout(
+    world, trained, tmp_path, monkeypatch
+):
+    """As on a GPU that has room for 220 tokens, and for 314 with both layers recomputed."""
+    memory = Memory(room=220.0, kept=(0.0, 1.0), recomputed=(0.0, 0.7), num_layers=2)
+    find = Mock(return_value=Budget(tokens=300, layers=None, memory=memory))
+    draw, passes, forward = Mock(wraps=draw_kept), set(), PreferenceModel.forward
+
+    def recording(model, packed, **options):
+        if "recompute" in options:
+            passes.add((len(packed.input_ids_T), options["recompute"]))
+        return forward(model, packed, **options)
+
+    monkeypatch.setattr("common.train.fit.find_budget", find)
+    monkeypatch.setattr("common.train.fit.draw_kept", draw)
+    monkeypatch.setattr(PreferenceModel, "forward", recording)
+    call("stage1", stage1(world, tmp_path / "run")[1:])
+    assert all(layers == memory.fewest_layers(tokens) for tokens, layers in passes)
+    assert {layers for _, layers in passes} == {0, 1, 2}
+    assert_same_losses(tmp_path / "run", trained("1"))
+    drawn = {(one.kwargs["step"], one.kwargs["seed"]) for one in draw.call_args_list}
+    assert drawn == {(step, 3) for step in range(STEPS)}
+    assert find.call_args.kwargs["longest"] == read_json(tmp_path / "run/sequences.json")["length_edges"][-1]
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_a_budget_knows_whether_weights_are_sharded(world, tmp_path, monkeypatch, is_sharded):
+    find = Mock(side_effect=ValueError("seen enough"))
+    monkeypatch.setattr("common.train.fit.find_budget", find)
+    monkeypatch.setattr("common.train.fit.is_fsdp", lambda accelerator: is_sharded)
+    failed = call("stage1", stage1(world, tmp_path / "run")[1:], check=False)
+    assert "seen enough" in failed.stderr and find.call_args.kwargs["is_sharded"] is is_sharded
 
 
 def test_killed_shards_go_on_as_shards_and_as_a_whole(world, trained, tmp_path):

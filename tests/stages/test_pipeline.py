@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import polars as pl
@@ -263,6 +264,18 @@ def test_another_recipe_is_refused_and_the_field_named(story, tmp_path, name, ch
     found = call(*words, *change, check=False)
     assert found.status == 1 and re.search(named, found.stderr) and "Nothing was changed" in found.stderr
     assert snapshot(story.artifacts) == before
+
+
+@pytest.mark.parametrize("name", ["stage1", "pseudo_label", "evaluate"])
+def test_models_run_as_the_command_line_says(story, tmp_path, monkeypatch, name):
+    load = Mock(side_effect=ValueError("seen enough"))
+    monkeypatch.setattr("common.models.load_model", load)
+    monkeypatch.setattr("common.trained.load_model", load)
+    output = ("--name", tmp_path.name) if name == "evaluate" else ("--output", tmp_path / "output")
+    how = {"ops": "attention=torch", "compile": "on"}
+    flags = [word for flag, value in how.items() for word in (f"--{flag}", value)]
+    assert "seen enough" in call(*story.commands[name], *output, *flags, check=False).stderr
+    assert load.call_args.kwargs | how == load.call_args.kwargs
 
 
 OUTPUTS = {

@@ -38,6 +38,7 @@ def choose(room_gb, *, tokens=None, layers=None, longest=4_340, is_sharded=False
         ({"room_gb": 28}, 4_000, 0, 4),  # of 4,340: 42 x 2.21 / 26.9
         ({"room_gb": 200}, 16_384, 0, 0),
         ({"room_gb": 8}, 2_048, 25, 35),  # 923 would fit without recomputation: too few
+        ({"room_gb": 2.5, "longest": 1_000}, 1_666, 42, 41),  # fewer than few, for no more fit
         ({"room_gb": 41, "is_sharded": True}, 16_384, 28, 0),
         ({"room_gb": 4, "is_sharded": True}, 6_666, 42, 41),
         ({"room_gb": 41, "layers": 0}, 6_000, 0, 0),
@@ -49,11 +50,9 @@ def choose(room_gb, *, tokens=None, layers=None, longest=4_340, is_sharded=False
 )
 def test_budget(given, tokens, layers, of_longest):
     budget = choose(**given)
-    assert (budget.tokens, budget.recompute(budget.tokens), budget.recompute(4_340)) == (
-        tokens,
-        layers,
-        of_longest,
-    )
+    longest = given.get("longest", 4_340)
+    assert (budget.tokens, budget.recompute(budget.tokens)) == (tokens, layers)
+    assert budget.recompute(longest) == of_longest
 
 
 @given(
@@ -137,6 +136,13 @@ def test_a_cpu_takes_what_is_said_or_the_default(model, capsys, flags, tokens, l
     assert told in capsys.readouterr().out
 
 
+def test_a_compilation_is_announced(model, capsys, monkeypatch):
+    for compiles in (False, True):
+        monkeypatch.setattr(model, "ops", replace(model.ops, compiles=compiles))
+        find_budget(model, Training(), longest=9_000, device=CPU, is_sharded=False)
+        assert ("the first pass compiles the layers" in capsys.readouterr().out) == compiles
+
+
 def test_a_gpu_is_measured_where_a_flag_leaves_something_open(model, capsys, monkeypatch):
     measured = card(28)._replace(num_layers=2)
     monkeypatch.setattr(memory, "measure", lambda model, longest, device: measured)
@@ -148,6 +154,10 @@ def test_a_gpu_is_measured_where_a_flag_leaves_something_open(model, capsys, mon
         "micro-batches of up to 4,000 tokens, 0 of 2 layers recomputed (1 for the longest sequence, 4,340 "
         "tokens); 92.5 GB of state on this GPU, 28.0 GB for activations\n"
     )
+    assert find(Training(), is_sharded=True).tokens == 16_384
+    assert "longest" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the longest sequence of 90,000 tokens"):
+        find(Training(), longest=90_000)
     assert find(Training(max_tokens_per_micro_batch=600)).recompute(4_340) == 1
     assert find(Training(recompute="all")) == Budget(tokens=16_384, layers=2, memory=measured)
     both = Training(recompute="none", max_tokens_per_micro_batch=9_000)
@@ -185,6 +195,7 @@ def test_the_allocator_is_told_unless_the_user_has_told_it(monkeypatch, theirs):
 def test_numbers_too_small_are_refused(flags):
     with pytest.raises(ValueError, match="expected at least"):
         Training(**flags)
+    assert Training(recompute=0, max_tokens_per_micro_batch=1)
 
 
 def test_a_measured_pass_ends_before_the_embeddings_gradient_and_leaves_zeros(model, monkeypatch):
@@ -196,9 +207,14 @@ def test_a_measured_pass_ends_before_the_embeddings_gradient_and_leaves_zeros(mo
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: added.clear())
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + len(added))
+    passes = []
+    handle = model.model.layers[1].input_layernorm.register_forward_hook(lambda *_: passes.append(1))
     model.train()
     for layers in (0, 2):
         assert memory._peak(model, 30, layers, CPU) == len(added) - 1 == len(list(model.parameters())) - 1
+    assert len(passes) == 1 + 2  # kept, then recomputed
+    handle.remove()
+    assert not model.model.layers[0]._forward_pre_hooks
     assert not any(total.any() for total in sums.sums.values())
     packed = pack([[5, 6, 7]], labels=[[1, 0, 0]])
     soft_cross_entropy(model.eval()(packed), packed.labels_SC).sum().backward()
@@ -207,11 +223,12 @@ def test_a_measured_pass_ends_before_the_embeddings_gradient_and_leaves_zeros(mo
 
 def test_lines_are_read_off_the_passes(model, monkeypatch):
     """Room is what the card has free and what PyTorch holds without use, less the reserve."""
-    lines = {0: (3e6, 5e4), 2: (4e6, 2e3)}
+    lines, peaks = {0: (3e6, 5e4), 2: (4e6, 2e3)}, []
 
     def peak(model, tokens, layers, device):
         constant, per_token = lines[layers]
-        return constant + per_token * tokens
+        peaks.append(constant + per_token * tokens + 1e9 * (not peaks))  # the first pass makes what stays
+        return peaks[-1]
 
     monkeypatch.setattr(memory, "_peak", peak)
     numbers = {"mem_get_info": (20 * GB, 80 * GB), "memory_reserved": 50 * GB, "memory_allocated": 40 * GB}
@@ -220,6 +237,13 @@ def test_lines_are_read_off_the_passes(model, monkeypatch):
     found = memory.measure(model, longest=4_340, device=CPU)
     assert found.room == 30 * GB - memory.RESERVE and found.num_layers == 2
     assert (*found.kept, *found.recomputed) == pytest.approx((*lines[0], *lines[2]))
+
+    peaks.clear()
+    assert memory.measure(model, longest=1, device=CPU) == found
+    with monkeypatch.context() as flat:
+        flat.setattr(memory, "_peak", lambda *arguments: 7e6)
+        assert memory.measure(model, longest=4_340, device=CPU).kept == (7e6 - memory.PROBES[1], 1.0)
+    peaks.clear()
 
     def another_rank(numbers, op):
         """It has more room, and more to keep."""
