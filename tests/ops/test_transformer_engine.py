@@ -30,7 +30,7 @@ def test_it_is_refused_where_it_cannot_be_used(op, trial, monkeypatch, tmp_path)
     package.__path__ = [str(tmp_path)]
     monkeypatch.setitem(sys.modules, "transformer_engine", package)
     (tmp_path / "pytorch.py").write_text("raise OSError('undefined symbol: x')")
-    assert refuses(GPU).startswith("does not load: OSError: undefined symbol: x; it was built for another")
+    assert refuses(GPU).startswith("does not load: OSError: undefined symbol: x; a build for another")
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("pytorch"))
     assert refuses(GPU) == trial
 
