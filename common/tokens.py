@@ -12,7 +12,7 @@ import polars as pl
 import pyarrow as pa
 from accelerate import Accelerator
 
-from common.batching import FILLER_ROW, Sample, VarlenCollator
+from common.batching import Sample, VarlenCollator
 from common.console import progress
 from common.data.table import ORDERS, SCHEMA, TEXTS, Order, labels_array, table_hash
 from common.files import read_json, text_hash, write_json
@@ -64,7 +64,7 @@ class Sequences:
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
         """Samples in the order of `indices`; the labels of a swapped variant are swapped."""
-        indices = [int(i) for i in indices if i != FILLER_ROW]
+        indices = [int(i) for i in indices]
         if not indices:
             return []
         ids = self.dataset[indices]["input_ids"]

@@ -244,10 +244,10 @@ def run_script(
     )
 
 
-def read_losses(folder: Path) -> list[float]:
-    """The logged losses of a run, in the order of its steps."""
+def read_losses(folder: Path, metric: str = "loss") -> list[float]:
+    """The logged losses of a run, or another metric, in the order of its steps."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    return [json.loads(line)[metric] for line in lines]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils.data import DataLoader
 
-from common.batching import FILLER_ROW, VarlenCollator, plan_micro_batches
+from common.batching import VarlenCollator, plan_micro_batches
 from common.console import progress, say
 from common.models.head import PreferenceHead
 from common.runs import Run
@@ -122,7 +122,7 @@ def fit(
     batches = iter(
         DataLoader(
             sequences,
-            batch_sampler=[micro_batch or [FILLER_ROW] for plan in plans for micro_batch in plan],
+            batch_sampler=[micro_batch for plan in plans for micro_batch in plan],
             collate_fn=VarlenCollator(),
             num_workers=1 if device.type == "cuda" else 0,
             pin_memory=device.type == "cuda",

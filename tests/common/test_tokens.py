@@ -11,7 +11,7 @@ import pytest
 from helpers import HELD, held_elsewhere, make_comparisons
 
 from common import tokens
-from common.batching import FILLER_ROW, VarlenCollator
+from common.batching import VarlenCollator
 from common.data.table import ORDERS, labels_array
 from common.prompts import FORMATS, Prompter
 from common.tokens import count_tokens, orders_of, tokenise, variant_code
@@ -71,13 +71,13 @@ def test_a_cache_holds_what_the_prompter_renders(prompter, frame, tmp_path):
     assert found.truncated.any() and not found.truncated.all()
 
 
-def test_a_batch_reads_samples_in_the_order_asked_and_skips_fillers(prompter, frame, tmp_path):
+def test_a_batch_reads_samples_in_the_order_asked_and_may_be_empty(prompter, frame, tmp_path):
     sequences = tokenise(frame, prompter, **BOTH, cache=tmp_path)
     samples = sequences.__getitems__([41, 3, 3, 17])
     assert [sample.row for sample in samples] == [20, 1, 1, 8]
     packed = VarlenCollator()(samples)
     assert packed.cu_seqlens.diff().tolist() == sequences.lengths[[41, 3, 3, 17]].tolist()
-    assert sequences.__getitems__([FILLER_ROW]) == []
+    assert sequences.__getitems__([]) == []
 
 
 def test_unlabelled_comparisons_weigh_nothing(prompter, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from common.batching import pack
 from common.models import load_model
 from common.ops import cannot_compile
+from common.ops.weight_gradient import Embedding, Linear
 from common.train.optim import GradientSum, soft_cross_entropy
 
 needs_compiler = pytest.mark.skipif(
@@ -33,6 +34,8 @@ def test_fused_sums_equal_those_of_the_hooks(published, sequences, family):
     expected = train(copy.deepcopy(model), sequences, fuse=False)
     found = train(model, sequences, fuse=True)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    layers = [module for module in model.modules() if isinstance(module, (Embedding, Linear))]
+    assert len(layers) == 1 + 7 * 3 and all(layer.weight_sum is not None for layer in layers)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -52,6 +52,8 @@ def assert_same_losses(found, expected):
     losses, reference = read_losses(found), read_losses(expected)
     assert len(losses) == len(reference) == STEPS
     assert losses == pytest.approx(reference, rel=1e-5)
+    norms, reference = (read_losses(run, "grad_norm") for run in (found, expected))
+    assert norms == pytest.approx(reference, rel=1e-4)  # which AdamW's steps hardly depend on
 
 
 EXECUTION = ("max-tokens-per-micro-batch", "recompute", "compile")
@@ -196,6 +198,7 @@ def test_each_micro_batch_recomputes_what_it_needs_and_draws_its_dropout(
     assert_same_losses(tmp_path / "run", trained("1"))
     drawn = {(one.kwargs["step"], one.kwargs["seed"]) for one in draw.call_args_list}
     assert drawn == {(step, 3) for step in range(STEPS)}
+    assert draw.call_args.args[0].dropout == 0.3
     assert find.call_args.kwargs["longest"] == read_json(tmp_path / "run/sequences.json")["length_edges"][-1]
 
 

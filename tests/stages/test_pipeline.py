@@ -272,10 +272,12 @@ def test_models_run_as_the_command_line_says(story, tmp_path, monkeypatch, name)
     monkeypatch.setattr("common.models.load_model", load)
     monkeypatch.setattr("common.trained.load_model", load)
     output = ("--name", tmp_path.name) if name == "evaluate" else ("--output", tmp_path / "output")
-    how = {"ops": "attention=torch", "compile": "on"}
-    flags = [word for flag, value in how.items() for word in (f"--{flag}", value)]
-    assert "seen enough" in call(*story.commands[name], *output, *flags, check=False).stderr
-    assert load.call_args.kwargs | how == load.call_args.kwargs
+    for flags, expected in (
+        ((), {"ops": "auto", "compile": "auto"}),
+        (("--ops", "attention=torch", "--compile", "on"), {"ops": "attention=torch", "compile": "on"}),
+    ):
+        assert "seen enough" in call(*story.commands[name], *output, *flags, check=False).stderr
+        assert load.call_args.kwargs | expected == load.call_args.kwargs
 
 
 OUTPUTS = {

@@ -239,7 +239,7 @@ def test_lines_are_read_off_the_passes(model, monkeypatch):
     assert (*found.kept, *found.recomputed) == pytest.approx((*lines[0], *lines[2]))
 
     peaks.clear()
-    assert memory.measure(model, longest=1, device=CPU) == found
+    assert memory.measure(model, longest=memory.PROBES[0], device=CPU) == found
     with monkeypatch.context() as flat:
         flat.setattr(memory, "_peak", lambda *arguments: 7e6)
         assert memory.measure(model, longest=4_340, device=CPU).kept == (7e6 - memory.PROBES[1], 1.0)
