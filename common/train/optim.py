@@ -126,10 +126,10 @@ def round_stochastically(values: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 class KahanOptimizer:
     """optimi's AdamW or StableAdamW, one parameter at a time, with states that shard like their parameters.
 
-    The functional form is called with its backend by name: optimi's own choice differs between parameters
-    and DTensors, and its Triton kernels read a DTensor's null pointer. AdamW is elementwise and works on
-    local shards, on GPUs by Triton: half the time, and one rounding where the plain form has several.
-    StableAdamW scales by the RMS of the whole tensor and so gets the DTensors, in the plain form.
+    The functional form is called with its plain backend by name: optimi's own choice of backend differs
+    between parameters and DTensors, and its Triton kernels read a DTensor's null pointer. AdamW is
+    elementwise and works on local shards. StableAdamW scales by the RMS of the whole tensor and so gets the
+    DTensors.
 
     Args:
         named_parameters: (name, parameter) pairs, sharded or not.
@@ -173,8 +173,6 @@ class KahanOptimizer:
             kahan_comp = state.get("kahan_comp")
             if self.name == "adamw":
                 tensors = [local(tensor) for tensor in tensors]
-                if not tensors[0].numel():  # a shard may be empty, and Triton starts no empty grid
-                    continue
                 kahan_comp = None if kahan_comp is None else local(kahan_comp)
             elif self.name == "stable_adamw":
                 tensors.append(torch.tensor(self.eps**2, dtype=parameter.dtype, device=parameter.device))
@@ -192,7 +190,7 @@ class KahanOptimizer:
                 step=self.num_steps.clone(),
                 kahan_sum=kahan_comp is not None,
                 foreach=False,
-                triton=self.name == "adamw" and parameter.is_cuda,
+                triton=False,
             )
         self.num_steps += 1
 
